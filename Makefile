@@ -1,0 +1,32 @@
+# Every target does all of its own set-up. PYTHON picks the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+OUT ?= runs/demo
+STAMP := $(VENV)/.installed
+
+.PHONY: install test lint demo clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py requirements-dev.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	# torch by itself first: named exactly, it is found as a CPU build where one is at hand.
+	$(RUN) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+lint: install
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+test: lint
+	$(RUN) -m pytest -n 2 --dist loadfile -q --durations=15
+
+demo: install
+	$(RUN) -m anyflow.demo --out $(OUT)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info python/*.egg-info .ruff_cache .mypy_cache

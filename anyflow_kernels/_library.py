@@ -1,0 +1,230 @@
+"""The operator namespace, and the choice of a backend for each operator and device.
+
+The PyTorch dispatcher is the dispatch mechanism. Every operator has one schema, defined next to its public function,
+and one kernel per dispatch key. ``define`` puts a Python kernel under the CPU and CUDA keys which runs the preferred
+backend of that device; ``use_backend`` lays another kernel over it for the length of a ``with`` block. A compiled
+extension registers its kernels under the same schemas and keys, so that no contract changes when one is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "anyflow_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+BACKENDS = ("reference", "triton", "native")
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
+ENVIRONMENT_VARIABLE = "ANYFLOW_KERNELS_BACKEND"
+
+_MINIMUM_TRITON = (3, 5)
+_MINIMUM_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: its name and, per backend, the function (or ``module:function``, imported at first use)."""
+
+    name: str
+    implementations: dict[str, Callable[..., Any] | str]
+
+    def implementation(self, backend: str) -> Callable[..., Any]:
+        found = self.implementations[backend]
+        if isinstance(found, str):
+            module, _, function = found.partition(":")
+            found = getattr(importlib.import_module(module), function)
+            self.implementations[backend] = found
+        return found
+
+
+_operators: dict[str, Operator] = {}
+_failures: dict[tuple[str, str], str] = {}  # (backend, device type) -> why it was given up in this process
+_lock = threading.RLock()
+
+
+def define(
+    name: str, schema: str, *, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any] | str]
+) -> None:
+    """Define ``anyflow_kernels::name`` with its fake kernel and a Python kernel under the CPU and CUDA keys."""
+    operator = Operator(name, implementations)
+    _operators[name] = operator
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    for device_type, key in DEVICES.items():
+        LIBRARY.impl(name, _default_kernel(operator, device_type), key)
+
+
+def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
+    reference = operator.implementation("reference")
+    if device_type == "cpu":
+        return reference
+
+    def kernel(*arguments: Any) -> Any:
+        if why_not("triton", device_type, operator) is None:
+            try:
+                with torch.cuda.device(_device_of(arguments)):
+                    return operator.implementation("triton")(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a Triton without a working compiler or driver shows only at the first launch
+                _failures["triton", device_type] = f"gave up after {type(error).__name__}: {error}"
+                warnings.warn(
+                    f"anyflow_kernels: the Triton kernel of {operator.name} failed, the reference takes over: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return reference(*arguments)
+
+    return kernel
+
+
+def _device_of(arguments: tuple[Any, ...]) -> torch.device:
+    return next(a.device for a in arguments if isinstance(a, Tensor))
+
+
+def why_not(backend: str, device_type: str, operator: Operator) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on ``device_type``; None when it can."""
+    if backend not in operator.implementations:
+        return "not compiled" if backend == "native" else "not implemented"
+    if backend == "reference":
+        return None
+    if ("triton", device_type) in _failures:
+        return _failures["triton", device_type]
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "reference":
+        return f"{ENVIRONMENT_VARIABLE}=reference"
+    try:
+        import triton
+    except Exception as error:  # absent, or present and broken: both leave the reference
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _MINIMUM_TRITON:
+        return f"triton {triton.__version__} is older than 3.5"
+    if device_type == "cpu":
+        return None if triton.knobs.runtime.interpret else "triton has no CPU backend (only TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if torch.version.hip is not None:
+        return "not verified on ROCm"
+    capability = torch.cuda.get_device_capability()
+    if capability < _MINIMUM_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator on one backend inside the ``with`` block: "reference", "triton" or "native".
+
+    The choice holds for the whole process, backward passes on autograd's own threads included. Blocks nest; the inner
+    one wins. On a device where the backend cannot run, an operator raises instead of falling back.
+
+    Raises ValueError for an unknown name, RuntimeError when the backend runs on no device of this machine.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    reasons = {
+        device_type: why_not(name, device_type, operator)
+        for device_type in DEVICES
+        for operator in _operators.values()
+        if not operator.name.endswith("_backward")
+    }
+    if all(reason is not None for reason in reasons.values()):
+        listed = "; ".join(f"{device_type}: {reason}" for device_type, reason in reasons.items())
+        raise RuntimeError(f"backend {name!r} cannot run here ({listed})")
+    overlay = torch.library.Library(NAMESPACE, "IMPL")
+    with _lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
+        for operator in _operators.values():
+            for device_type, key in DEVICES.items():
+                overlay.impl(operator.name, _forced_kernel(operator, name, device_type), key, allow_override=True)
+    try:
+        yield
+    finally:
+        with _lock:
+            overlay._destroy()
+
+
+def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callable[..., Any]:
+    reason = why_not(backend, device_type, operator)
+    if reason is not None:
+
+        def refuse(*arguments: Any) -> Any:
+            raise RuntimeError(f"{operator.name}: backend {backend!r} is forced but cannot run on {device_type}: {reason}")
+
+        return refuse
+    implementation = operator.implementation(backend)
+    if device_type == "cpu":
+        return implementation
+
+    def kernel(*arguments: Any) -> Any:
+        with torch.cuda.device(_device_of(arguments)):
+            return implementation(*arguments)
+
+    return kernel
+
+
+def describe() -> str:
+    """A table of what runs by default for each operator and device, and why the other backends do not."""
+    lines = [f"{'operator':<28}{'device':<8}{'runs':<12}others"]
+    for operator in _operators.values():
+        for device_type in DEVICES:
+            preferred = ("reference",) if device_type == "cpu" else ("triton", "reference")
+            reasons = {backend: why_not(backend, device_type, operator) for backend in BACKENDS}
+            runs = next(backend for backend in preferred if reasons[backend] is None)
+            others = "; ".join(
+                f"{backend}: {reason or ('available' if backend != runs else '')}"
+                for backend, reason in reasons.items()
+                if backend != runs
+            )
+            lines.append(f"{operator.name:<28}{device_type:<8}{runs:<12}{others}")
+    return "\n".join(lines)
+
+
+def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
+    """Raise when an input carries a forward-mode tangent: the dispatcher would return a zero tangent without a word."""
+    if torch.compiler.is_compiling():
+        return
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative. Take a central difference in sigma instead, or call "
+                f"anyflow_kernels.{name}.reference, which is plain PyTorch, under torch.func.jvp."
+            )
+
+
+def same_device(name: str, **tensors: Tensor | None) -> torch.device:
+    """The one device of all given tensors; ValueError that names both when they differ."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    for other_name, other in tensors.items():
+        if other is not None and other.device != first.device:
+            raise ValueError(
+                f"{name}: all tensors must be on one device, but {first_name} is on {first.device} and {other_name} "
+                f"on {other.device}"
+            )
+    return first.device
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 when any of the tensors is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def floating(name: str, **tensors: Tensor | None) -> None:
+    """ValueError that names the tensor and its dtype when one is not real floating point."""
+    for tensor_name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name}: {tensor_name} must be floating point, got {tensor.dtype}")
