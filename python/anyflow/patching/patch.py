@@ -1,0 +1,216 @@
+"""patch, unpatch, and what they report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families import FamilySpec, find_spec
+from .clone import clone_embedder
+from .embedder import FlowMapEmbedder
+from .model import FlowMapModel, FlowMapSettings, check_conditioning, embedders_at, make_gate, set_conditioning
+from .swap import restore, swap
+from .unwrap import denoisers
+
+
+@dataclass
+class FlowMapPatch:
+    """The record of ``patch``: prints what was replaced, what was left and why; ``undo()`` takes it back."""
+
+    models: list[nn.Module]
+    replaced: list[tuple[str, str]] = field(default_factory=list)  # (path, what happened)
+    left: list[tuple[str, str]] = field(default_factory=list)  # (path, why)
+
+    def undo(self) -> None:
+        """Restore every model of this record; models already restored are left alone."""
+        for model in self.models:
+            if isinstance(model, FlowMapModel):
+                _unpatch(model)
+
+    def __str__(self) -> str:
+        lines = []
+        for model in self.models:
+            if isinstance(model, FlowMapModel):
+                settings = model._flowmap
+                lines.append(
+                    f"{settings.spec.class_name}: flow map, gate {settings.gate_value}, "
+                    f"deltatime_type {settings.deltatime_type!r}"
+                )
+            else:
+                lines.append(f"{type(model).__name__}: restored")
+        lines += [f"  replaced {path}: {what}" for path, what in self.replaced]
+        lines += [f"  left     {path}: {why}" for path, why in self.left]
+        return "\n".join(lines)
+
+
+def patch(
+    model: Any, *, gate_value: float = 0.25, deltatime_type: str = "r", family: str | None = None
+) -> FlowMapPatch:
+    """Let a stock diffusers model take ``r_timestep=``, in place; a second call updates gate and type.
+
+    The embedding of time becomes e(t) + gate (d(tau) - e(t)), where d, the delta embedder, starts as a trainable copy
+    of e, and tau is r or t - r (AnyFlow, arXiv 2605.13724). ``model(..., r_timestep=None)`` stays the stock model to
+    the bit. With type "r" and r = t, a fresh patch changes nothing either; with type "t-r" it does, as d sees 0.
+
+    ``model``: a diffusers model, one wrapped by peft, DDP or torch.compile, or a pipeline.
+    ``gate_value``: in [0, 1].
+    ``deltatime_type``: "r", or "t-r": (sigma_t - sigma_r) in the model's time units, positive for every family.
+    ``family``: the name of the spec to use, for subclasses; by default the name of the model's class.
+    ``r_timestep`` has the units of the model's own time argument, and its shape or one element.
+
+    Only the instance changes: its class, and that of its time embedder, become generated subclasses of the same name;
+    no parameter is renamed or moved. Patch before offloading, layerwise casting, quantisation and FSDP; before or after
+    peft, DDP and torch.compile.
+
+    Raises ValueError for an unknown class (the message shows how to write a spec), a class that has ``r_timestep``
+    itself, a gate or type out of range, or a model whose embedder cannot be cloned any more; TypeError when ``model``
+    is neither a model nor a pipeline.
+    """
+    check_conditioning(gate_value, deltatime_type)
+    record = FlowMapPatch(denoisers(model))
+    # Everything that can be refused is refused before the first model is touched.
+    specs = [
+        m._flowmap.spec if isinstance(m, FlowMapModel) else _check_patchable(m, find_spec(type(m).__name__, family))
+        for m in record.models
+    ]
+    for bare, spec in zip(record.models, specs, strict=True):
+        if isinstance(bare, FlowMapModel):
+            set_conditioning(bare, gate_value, deltatime_type)
+        else:
+            _patch(bare, spec, gate_value, deltatime_type)
+        record.replaced.append((spec.class_name, "forward takes r_timestep"))
+        for site in spec.sites:
+            record.replaced.append((site.embedder, f"blends in {site.delta}, a trainable clone"))
+        record.left += [(path, why) for path, why in spec.left if _has(bare, path)]
+    return record
+
+
+def unpatch(model: Any) -> None:
+    """Restore the stock model exactly: class, state_dict, outputs. A model that is not patched is left alone.
+
+    Raises ValueError when another wrapper swapped the class after patching.
+    """
+    for bare in denoisers(model):
+        if isinstance(bare, FlowMapModel):
+            _unpatch(bare)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether every denoiser of ``model`` takes ``r_timestep`` through a patch."""
+    return all(isinstance(bare, FlowMapModel) for bare in denoisers(model))
+
+
+def delta_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the delta embedders; names are relative to the bare model, free of wrapper prefixes.
+
+    peft freezes every parameter that is not an adapter when an adapter is added: ``trainable_parameters`` turns these
+    on again. Raises ValueError when the model is not patched.
+    """
+    for bare in denoisers(model):
+        _require_patched(bare)
+        for site in bare._flowmap.spec.sites:
+            for name, parameter in bare.get_submodule(site.delta).named_parameters():
+                yield f"{site.delta}.{name}", parameter
+
+
+def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that a student trains: what requires a gradient, and the delta embedders.
+
+    Turns ``requires_grad`` on for the delta embedders, except where an adapter sits on one: then it trains through
+    the adapter, as in the published recipe. Each parameter is listed once. Give the values to the optimizer.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    listed: list[tuple[str, nn.Parameter]] = []
+    for bare in denoisers(model):
+        _require_patched(bare)
+        for site in bare._flowmap.spec.sites:
+            delta = bare.get_submodule(site.delta)
+            if not any(isinstance(module, BaseTunerLayer) for module in delta.modules()):
+                delta.requires_grad_(True)
+        listed += [(name, parameter) for name, parameter in bare.named_parameters() if parameter.requires_grad]
+    return listed
+
+
+def _require_patched(model: nn.Module) -> None:
+    if not isinstance(model, FlowMapModel):
+        raise ValueError(f"{type(model).__name__} is not patched; call anyflow.patch(model) first")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _check_patchable(model: nn.Module, spec: FamilySpec) -> FamilySpec:
+    import inspect
+
+    if "r_timestep" in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes r_timestep by itself and needs no patch")
+    if "forward" in model.__dict__:
+        raise ValueError(
+            f"the forward of this {type(model).__name__} is already wrapped (offloading, accelerator.prepare or a cache "
+            "hook). Patch first, then enable it."
+        )
+    for site in spec.sites:
+        for path in (site.embedder, site.sinusoid):
+            if path is not None and not _has(model, path):
+                raise ValueError(f"{type(model).__name__} has no {path}, which the spec {spec.class_name} names")
+        if _has(model, site.delta):
+            raise ValueError(f"{type(model).__name__} already has a module {site.delta}")
+    return spec
+
+
+def _patch(model: nn.Module, spec: FamilySpec, gate_value: float, deltatime_type: str) -> None:
+    embedders = [_embedders(model.get_submodule(site.embedder)) for site in spec.sites]
+    clones = [clone_embedder(found[-1], site.embedder) for site, found in zip(spec.sites, embedders, strict=True)]
+    for site, found, delta in zip(spec.sites, embedders, clones, strict=True):
+        parent, _, name = site.delta.rpartition(".")
+        model.get_submodule(parent).add_module(name, delta)
+        for embedder in found:
+            swap(embedder, FlowMapEmbedder)
+            embedder._flowmap_call = None  # type: ignore[assignment]
+            embedder._flowmap_calls = 0  # type: ignore[assignment]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    swap(model, FlowMapModel)
+    model._flowmap = FlowMapSettings(spec, float(gate_value), deltatime_type)  # type: ignore[assignment]
+    model._flowmap_gate = make_gate(gate_value, device)
+    model._flowmap_schedule = None  # type: ignore[assignment]
+    _follow_fp32_rule(model, spec)
+
+
+def _embedders(module: nn.Module) -> list[nn.Module]:
+    """The embedder, or where peft holds it for modules_to_save: the original and its trained copies."""
+    if hasattr(module, "original_module"):
+        return [module.original_module, *module.modules_to_save.values()]  # type: ignore[list-item, union-attr, operator]
+    return [module]
+
+
+def _follow_fp32_rule(model: nn.Module, spec: FamilySpec) -> None:
+    """Where the source embedder is kept in float32 by name, keep the delta embedder so too, on this instance."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or []
+    names = [
+        site.delta.rpartition(".")[2] for site in spec.sites if site.embedder.rpartition(".")[2] in kept
+    ]
+    if names:
+        model._keep_in_fp32_modules = [*kept, *names]  # type: ignore[assignment]
+
+
+def _unpatch(model: nn.Module) -> None:
+    spec: FamilySpec = model._flowmap.spec  # type: ignore[assignment, union-attr]
+    embedders = [embedder for site in spec.sites for embedder in embedders_at(model, site)]
+    restore(model)
+    for embedder in embedders:
+        restore(embedder)
+        del embedder._flowmap_call, embedder._flowmap_calls
+    for site in spec.sites:
+        parent, _, name = site.delta.rpartition(".")
+        delattr(model.get_submodule(parent), name)
+    del model._flowmap, model._flowmap_gate, model._flowmap_schedule
+    model.__dict__.pop("_keep_in_fp32_modules", None)
