@@ -1,17 +1,27 @@
 """Any-step flow maps from the flow-matching models of diffusers."""
 
+from .checkpoints import load_student, save_student
+from .config import AnyFlowConfig
+from .distiller import AnyFlowDistiller
 from .families import EmbedderSite, FamilySpec, families, register_family
 from .patching import FlowMapPatch, delta_parameters, is_patched, patch, trainable_parameters, unpatch
+from .sampling import AnyStepScheduler, any_step
 
 __all__ = [
+    "AnyFlowConfig",
+    "AnyFlowDistiller",
+    "AnyStepScheduler",
     "EmbedderSite",
     "FamilySpec",
     "FlowMapPatch",
+    "any_step",
     "delta_parameters",
     "families",
     "is_patched",
+    "load_student",
     "patch",
     "register_family",
+    "save_student",
     "trainable_parameters",
     "unpatch",
 ]

@@ -44,7 +44,11 @@ def load_teacher(path: Path = SHIPPED_WEIGHTS) -> SD3Transformer2DModel:
 
 
 def train_teacher(
-    steps: int = 6000, batch_size: int = 128, peak_learning_rate: float = 2e-3, label_dropout: float = 0.1, seed: int = 0
+    steps: int = 6000,
+    batch_size: int = 128,
+    peak_learning_rate: float = 2e-3,
+    label_dropout: float = 0.1,
+    seed: int = 0,
 ) -> SD3Transformer2DModel:
     """Flow matching (Lipman et al. 2023): regress noise - x0 at x = (1 - sigma) x0 + sigma noise, sigma uniform.
     Returns the exponential moving average of the weights."""

@@ -38,7 +38,7 @@ class FamilySpec:
     ``prediction_sign``: +1 when the output is noise - x0, -1 when it is x0 - noise.
     ``sites``: the embedders of the time.
     ``timestep_arg``, ``sample_arg``: names of the time and of the latents in forward.
-    ``sample_layout``: "tensor" [B, ...], or "list" when forward takes and returns a list of [C, 1, H, W], one per sample.
+    ``sample_layout``: "tensor" [B, ...], or "list" when forward takes and returns a list of [C, 1, H, W].
     ``token_times``: forward also takes times [B, S], one for each patch, frame by frame.
     ``left``: (path, why) of neighbouring embedders that stay as they are.
     """

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from anyflow_kernels import RolloutState, rollout_step
 from torch import Tensor
+
+from anyflow_kernels import RolloutState, rollout_step
 
 VelocityFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 

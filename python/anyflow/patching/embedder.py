@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from anyflow_kernels import EmbedderWeights, flowmap_embedding, gate_blend
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+
+from anyflow_kernels import EmbedderWeights, flowmap_embedding, gate_blend
 
 from .swap import Swapped
 
@@ -140,7 +141,7 @@ def _fusable(embedder: nn.Module, stock: type[nn.Module], sample: Tensor, call: 
         and not torch.is_autocast_enabled(sample.device.type)
         and _is_plain_mlp(embedder, sample)
         and _is_plain_mlp(call.delta, sample)
-        and embedder.linear_1.weight.dtype == sample.dtype
+        and embedder.get_submodule("linear_1").weight.dtype == sample.dtype
     )
 
 
@@ -169,8 +170,5 @@ def _is_watched(module: nn.Module, forward_only: bool = False) -> bool:
     if "forward" in module.__dict__ and not forward_only:
         return True
     return not forward_only and bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -116,7 +116,7 @@ def _with_r_timestep(signature: inspect.Signature) -> inspect.Signature:
 
 def begin(model: Any, site: EmbedderSite, t: Tensor, r: Tensor) -> list[Any]:
     """Hand (t, r) to the embedder of a site, and to its copies if peft keeps some in modules_to_save."""
-    embedders = list(embedders_at(model, site))
+    embedders: list[Any] = list(embedders_at(model, site))
     gate = model._flowmap_gate
     call = FlowMapCall(
         t=t,

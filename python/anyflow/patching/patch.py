@@ -111,8 +111,7 @@ def delta_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     on again. Raises ValueError when the model is not patched.
     """
     for bare in denoisers(model):
-        _require_patched(bare)
-        for site in bare._flowmap.spec.sites:
+        for site in _spec(bare).sites:
             for name, parameter in bare.get_submodule(site.delta).named_parameters():
                 yield f"{site.delta}.{name}", parameter
 
@@ -127,8 +126,7 @@ def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
 
     listed: list[tuple[str, nn.Parameter]] = []
     for bare in denoisers(model):
-        _require_patched(bare)
-        for site in bare._flowmap.spec.sites:
+        for site in _spec(bare).sites:
             delta = bare.get_submodule(site.delta)
             if not any(isinstance(module, BaseTunerLayer) for module in delta.modules()):
                 delta.requires_grad_(True)
@@ -136,9 +134,10 @@ def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
     return listed
 
 
-def _require_patched(model: nn.Module) -> None:
+def _spec(model: nn.Module) -> FamilySpec:
     if not isinstance(model, FlowMapModel):
         raise ValueError(f"{type(model).__name__} is not patched; call anyflow.patch(model) first")
+    return model._flowmap.spec
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -155,8 +154,8 @@ def _check_patchable(model: nn.Module, spec: FamilySpec) -> FamilySpec:
         raise ValueError(f"{type(model).__name__} takes r_timestep by itself and needs no patch")
     if "forward" in model.__dict__:
         raise ValueError(
-            f"the forward of this {type(model).__name__} is already wrapped (offloading, accelerator.prepare or a cache "
-            "hook). Patch first, then enable it."
+            f"the forward of this {type(model).__name__} is already wrapped (offloading, accelerator.prepare or a "
+            "cache hook). Patch first, then enable it."
         )
     for site in spec.sites:
         for path in (site.embedder, site.sinusoid):
@@ -188,22 +187,20 @@ def _patch(model: nn.Module, spec: FamilySpec, gate_value: float, deltatime_type
 def _embedders(module: nn.Module) -> list[nn.Module]:
     """The embedder, or where peft holds it for modules_to_save: the original and its trained copies."""
     if hasattr(module, "original_module"):
-        return [module.original_module, *module.modules_to_save.values()]  # type: ignore[list-item, union-attr, operator]
+        return [module.original_module, *module.modules_to_save.values()]  # type: ignore[list-item, operator]
     return [module]
 
 
 def _follow_fp32_rule(model: nn.Module, spec: FamilySpec) -> None:
     """Where the source embedder is kept in float32 by name, keep the delta embedder so too, on this instance."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
-    names = [
-        site.delta.rpartition(".")[2] for site in spec.sites if site.embedder.rpartition(".")[2] in kept
-    ]
+    names = [site.delta.rpartition(".")[2] for site in spec.sites if site.embedder.rpartition(".")[2] in kept]
     if names:
         model._keep_in_fp32_modules = [*kept, *names]  # type: ignore[assignment]
 
 
 def _unpatch(model: nn.Module) -> None:
-    spec: FamilySpec = model._flowmap.spec  # type: ignore[assignment, union-attr]
+    spec = _spec(model)
     embedders = [embedder for site in spec.sites for embedder in embedders_at(model, site)]
     restore(model)
     for embedder in embedders:

@@ -1,0 +1,167 @@
+"""``python -m anyflow.demo``: distil the digits teacher, sample it at every number of steps, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..checkpoints import save_student, write_atomically
+from .data import PCASpace, load_digits
+from .distil import Distillation, Recipe
+from .evaluate import (
+    REFERENCE_STEPS,
+    STUDENT_STEPS,
+    TEACHER_STEPS,
+    evaluation_inputs,
+    figures,
+    sample_student,
+    sample_teacher,
+)
+from .plots import plot_quality, plot_samples
+from .teacher import load_teacher
+
+RESUME_EVERY = 100  # steps between checkpoints
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m anyflow.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help=f"training steps (default: {Recipe.steps})")
+    parser.add_argument("--samples", type=int, default=1000, help="samples of the evaluation (default: 1000)")
+    arguments = parser.parse_args()
+    if arguments.steps < 1 or arguments.samples < 32:
+        parser.error("--steps must be at least 1, --samples at least 32")
+    try:
+        run(arguments.out, Recipe(steps=arguments.steps), arguments.samples)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command continues from {arguments.out / 'checkpoint'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(out: Path, recipe: Recipe, samples: int) -> dict[str, Any]:
+    """Distil (or continue, or take what is finished in ``out``), evaluate, write results and pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    identity = repr((recipe, samples))
+    finished = _finished(out, identity)
+    if finished is not None:
+        print(f"{out} is finished; remove it to run again")
+        _print_table(finished)
+        return finished
+    data = load_digits()
+    seconds: dict[str, float] = {}
+
+    started = time.perf_counter()
+    distillation = Distillation(recipe, data)
+    _distil(distillation, out / "checkpoint")
+    parameters = sum(parameter.numel() for parameter in distillation.parameters)
+    student = distillation.averaged_student()
+    save_student(student, out / "student")
+    seconds["distillation"] = time.perf_counter() - started
+
+    noise, labels = evaluation_inputs(data, samples)
+    space, teacher = PCASpace.of(data.images), load_teacher()
+    progress = tqdm(total=REFERENCE_STEPS + sum(TEACHER_STEPS) + sum(STUDENT_STEPS), desc="evaluation", unit="step")
+
+    def teacher_samples(steps: int) -> torch.Tensor:
+        images = sample_teacher(teacher, noise, labels, steps, recipe.guidance_scale)
+        progress.update(steps)
+        return images
+
+    def student_samples(steps: int) -> torch.Tensor:
+        images = sample_student(student, noise, labels, steps)
+        progress.update(steps)
+        return images
+
+    started = time.perf_counter()
+    reference = teacher_samples(REFERENCE_STEPS)
+    teacher_figures, teacher_images = figures(teacher_samples, TEACHER_STEPS, reference, space)
+    student_figures, student_images = figures(student_samples, STUDENT_STEPS, reference, space)
+    progress.close()
+    seconds["evaluation"] = time.perf_counter() - started
+
+    results = {
+        "teacher": teacher_figures,
+        "student": student_figures,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "trainable_parameters": parameters,
+        "teacher_parameters": sum(parameter.numel() for parameter in teacher.parameters()),
+        "reference": {"steps": REFERENCE_STEPS, "fd": space.frechet_distance(reference)},
+        "identity": identity,
+    }
+    plot_samples(out / "samples.png", teacher_images, student_images, labels)
+    plot_quality(out / "quality.png", results)
+    write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
+    _print_table(results)
+    return results
+
+
+def _distil(distillation: Distillation, checkpoint: Path) -> None:
+    """Train to the end; a checkpoint every so often, and on Ctrl-C before the interrupt goes on."""
+    if distillation.load(checkpoint):
+        print(f"continuing from step {distillation.step}")
+    total = distillation.recipe.steps
+    progress = tqdm(total=total, initial=distillation.step, desc="distillation", unit="step")
+    try:
+        while distillation.step < total:
+            # An interrupt inside a step would leave the optimizer between two states: it waits for the step's end.
+            with _interrupt_after() as interrupted:
+                loss = distillation.train_step()
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if interrupted() or distillation.step % RESUME_EVERY == 0 or distillation.step == total:
+                distillation.save(checkpoint)
+            if interrupted():
+                raise KeyboardInterrupt
+    finally:
+        progress.close()
+
+
+class _interrupt_after:
+    """Holds SIGINT back for the length of the block; calling the value of ``as`` tells whether one came."""
+
+    def __enter__(self) -> Any:
+        import signal
+
+        self.came = False
+        self.previous = signal.signal(signal.SIGINT, self._note)
+        return lambda: self.came
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+
+    def __exit__(self, *_: Any) -> None:
+        import signal
+
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def _finished(out: Path, identity: str) -> dict[str, Any] | None:
+    """The results of an earlier run of the same recipe, when all of its files are there."""
+    files = [out / name for name in ("results.json", "samples.png", "quality.png")]
+    if not all(file.exists() for file in files):
+        return None
+    results = json.loads(files[0].read_text())
+    return results if results.get("identity") == identity else None
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    print(f"\n{'steps':>6}{'teacher rmse':>14}{'student rmse':>14}{'teacher fd':>13}{'student fd':>13}")
+    for steps, teacher in results["teacher"].items():
+        student = results["student"].get(steps)
+        row = (teacher["rmse"], student and student["rmse"], teacher["fd"], student and student["fd"])
+        cells = ["-" if value is None else f"{value:.3f}" for value in row]
+        print(f"{steps:>6}{cells[0]:>14}{cells[1]:>14}{cells[2]:>13}{cells[3]:>13}")
+    seconds = ", ".join(f"{name} {value} s" for name, value in results["seconds"].items())
+    print(f"{results['trainable_parameters']} trainable parameters; {seconds}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

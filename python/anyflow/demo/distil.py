@@ -1,0 +1,152 @@
+"""The demo's training loop: what a user's own trainer does around ``AnyFlowDistiller``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+from safetensors.torch import save
+from torch import Tensor
+
+import anyflow
+
+from ..checkpoints import read, write_atomically
+from ..distiller import STATE_FILE
+from .data import Digits, conditioning, unconditional
+from .teacher import load_teacher
+
+TRAINER_FILE = "trainer.safetensors"
+LORA_TARGETS = (
+    r".*attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    r"|.*ff(_context)?\.net\.(0\.proj|2)"
+    r"|.*norm1(_context)?\.linear|norm_out\.linear|proj_out"
+    r"|time_text_embed\.timestep_embedder\.linear_[12]"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One distillation. ``noise_share``: the part of each batch that starts from pure noise, t = 1."""
+
+    steps: int = 900
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    lora_rank: int = 32
+    rollout_steps: int = 8
+    guidance_scale: float = 2.0
+    gate_value: float = 0.25
+    noise_share: float = 0.5
+    zero_share: float = 0.0
+    seed: int = 0
+
+
+def build_student(recipe: Recipe) -> SD3Transformer2DModel:
+    """The teacher itself, patched, with a LoRA."""
+    torch.manual_seed(recipe.seed)
+    student = load_teacher()
+    anyflow.patch(student, gate_value=recipe.gate_value)
+    student.add_adapter(
+        LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_rank, target_modules=LORA_TARGETS, lora_dropout=0.0)
+    )
+    return student
+
+
+class Distillation:
+    """A resumable run: everything that a step changes is in ``save`` and comes back with ``load``."""
+
+    def __init__(self, recipe: Recipe, data: Digits) -> None:
+        self.recipe, self.data = recipe, data
+        self.student = build_student(recipe)
+        self.distiller = anyflow.AnyFlowDistiller(
+            self.student,
+            config={
+                "target_mode": "online_teacher",
+                "teacher_rollout_steps": recipe.rollout_steps,
+                "teacher_guidance_scale": recipe.guidance_scale,
+                "seed": recipe.seed,
+            },
+        )
+        self.named = self.distiller.trainable_parameters()
+        self.parameters = [parameter for _, parameter in self.named]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.step = 0
+
+    def batch(self) -> dict[str, Any]:
+        size, generator = self.recipe.batch_size, self.generator
+        index = torch.randint(len(self.data.images), (size,), generator=generator)
+        labels = self.data.labels[index]
+        sigmas = torch.rand(size, generator=generator).clamp_min(1e-3)
+        sigmas[: round(size * self.recipe.noise_share)] = 1.0
+        r_sigmas = None
+        if self.recipe.zero_share:
+            r_sigmas = 0.98 * sigmas * torch.rand(size, generator=generator)
+            r_sigmas[torch.rand(size, generator=generator) < self.recipe.zero_share] = 0.0
+        return {
+            "r_sigmas": r_sigmas,
+            "latents": self.data.images[index],
+            "noise": torch.randn(size, 1, 8, 8, generator=generator),
+            "sigmas": sigmas,
+            "conditioning": conditioning(labels),
+            "negative_conditioning": unconditional(labels),
+        }
+
+    def train_step(self) -> float:
+        progress = self.step / self.recipe.steps
+        rate = self.recipe.learning_rate * min(1.0, (self.step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.student.train()
+        loss, _ = self.distiller.training_step(self.batch())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(0.99, self.step / (self.step + 10))
+        for kept, parameter in zip(self.average, self.parameters, strict=True):
+            kept.lerp_(parameter.detach(), 1 - decay)
+        return loss.item()
+
+    def averaged_student(self) -> SD3Transformer2DModel:
+        """The student with the moving average of its trained weights, in evaluation mode. Ends the run."""
+        with torch.no_grad():
+            for kept, parameter in zip(self.average, self.parameters, strict=True):
+                parameter.copy_(kept)
+        return self.student.eval()
+
+    def save(self, directory: Path) -> None:
+        """The student through the distiller, then the optimizer, the average and the data stream; no pickle."""
+        self.distiller.on_save_checkpoint(self.step, directory)
+        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        for (name, parameter), kept in zip(self.named, self.average, strict=True):
+            tensors[f"average.{name}"] = kept
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        write_atomically(directory / TRAINER_FILE, save(tensors, {"step": str(self.step), "recipe": repr(self.recipe)}))
+
+    def load(self, directory: Path) -> bool:
+        """Continue from ``directory``; False when it holds no checkpoint of this recipe."""
+        try:
+            tensors, metadata = read(directory / TRAINER_FILE)
+        except FileNotFoundError:
+            return False
+        # A run killed between the two files has a student of a later step: start over rather than mix them.
+        _, student_metadata = read(directory / STATE_FILE)
+        if metadata.get("recipe") != repr(self.recipe) or student_metadata.get("step") != metadata["step"]:
+            return False
+        self.step = self.distiller.on_load_checkpoint(directory)
+        self.generator.set_state(tensors["generator"])
+        for (name, parameter), kept in zip(self.named, self.average, strict=True):
+            kept.copy_(tensors[f"average.{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+        return True

@@ -1,0 +1,158 @@
+"""Any-step sampling of stock pipelines.
+
+A flow-map step x_r = x_t - (sigma_t - sigma_r) u(x_t, t, r) is an Euler step, so a stock pipeline samples a flow map
+once its scheduler is Euler on a grid that ends in 0, and the model is told r. ``AnyStepScheduler`` is that scheduler;
+it lays (sigma_t, sigma_r) of the coming step on the models that it drives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from .patching import is_patched
+from .patching.unwrap import denoisers
+
+_SHARED_KEYS = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
+
+
+class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps along the average velocity, on u uniform from 1 to 0, shifted once: N steps are N model calls.
+
+    While a sampling loop runs (from ``set_timesteps`` to the last ``step``) the driven models take r from this
+    schedule, in float32, whatever the pipeline has done to its timesteps. ``models`` are patched models. A schedule
+    handed in by the pipeline (``sigmas=``, ``timesteps=``, ``mu=``) is used as it is.
+    """
+
+    # What samplers of noise-prediction pipelines (SDXL) ask of a scheduler.
+    init_noise_sigma = 1.0
+
+    _models: Sequence[nn.Module] = ()
+    _announced: int | None = None
+
+    @classmethod
+    def like(cls, scheduler: Any, models: Sequence[nn.Module] = ()) -> AnyStepScheduler:
+        """A scheduler with the shift of ``scheduler``: flow-matching Euler, Heun or flow map, or a multistep solver
+        with flow sigmas (UniPC, DPM++). Raises ValueError for one that is not flow-matching."""
+        config = dict(scheduler.config)
+        if type(scheduler).__name__.startswith("FlowM"):
+            shift = getattr(scheduler, "shift", config.get("shift", 1.0))
+        elif config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+            shift = config.get("flow_shift", 1.0)
+        else:
+            raise ValueError(
+                f"{type(scheduler).__name__} (prediction_type={config.get('prediction_type')!r}) is not a "
+                "flow-matching scheduler. If the model is a flow model, give the pipeline a "
+                "FlowMatchEulerDiscreteScheduler first."
+            )
+        if config.get("invert_sigmas"):
+            raise ValueError("schedulers with invert_sigmas are not supported")
+        kept = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
+        kept |= {
+            key: value for key, value in config.items() if key.endswith(("_shift", "_seq_len")) and "flow" not in key
+        }
+        made = cls(shift=1.0 if shift is None else float(shift), **kept)
+        made._models = tuple(models)
+        return made
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself: flow models take x as it is."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """As in the stock scheduler, but the default grid is uniform down to exactly 0 before the shift."""
+        if sigmas is None and timesteps is None:
+            if num_inference_steps is None or num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps!r}")
+            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        self._announce(0)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        super().set_begin_index(begin_index)
+        self._announce(begin_index)
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """x_r = x_t + (sigma_r - sigma_t) u. Raises RuntimeError when the model was given r of another step."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        if self._models and self._announced != self.step_index:
+            raise RuntimeError(
+                f"the pipeline steps at index {self.step_index}, but its model was told the interval of index "
+                f"{self._announced}; call scheduler.set_begin_index before the loop"
+            )
+        result = super().step(model_output, timestep, sample, *args, **kwargs)
+        if self.step_index < len(self.timesteps):
+            self._announce(self.step_index)
+        else:
+            self.release()
+        return result
+
+    def r_timestep_for(self, timestep: Any) -> Tensor:
+        """The next endpoint after ``timestep``, both in 1000 sigma, float32, in the shape of ``timestep``.
+
+        A timestep that went through int64 or bfloat16 finds its place again. Raises ValueError for one that is not on
+        the schedule, RuntimeError before ``set_timesteps``.
+        """
+        if self.num_inference_steps is None:
+            raise RuntimeError("r_timestep_for needs a schedule: call set_timesteps first")
+        t = torch.as_tensor(timestep, dtype=torch.float32)
+        grid = self.timesteps.to(t.device)
+        distance, index = (t.reshape(-1, 1) - grid).abs().min(dim=1)
+        # bfloat16 is off by at most 2 above 512, truncation to int64 by less than 1.
+        off = distance > 2.0
+        if bool(off.any()):
+            raise ValueError(f"timestep {t.reshape(-1)[off][0].item()} is not on the schedule {grid.tolist()}")
+        ends = self.sigmas.to(t.device)[1:] * self.config.num_train_timesteps
+        return ends[index].reshape(t.shape)
+
+    def _announce(self, index: int) -> None:
+        self._announced = index
+        pair = (self.sigmas[index].reshape(1).clone(), self.sigmas[index + 1].reshape(1).clone())
+        for model in self._models:
+            model._flowmap_schedule = pair  # type: ignore[assignment]
+
+    def release(self) -> None:
+        """Let go of the models: without r they are stock again."""
+        for model in self._models:
+            model._flowmap_schedule = None  # type: ignore[assignment]
+
+
+@contextmanager
+def any_step(pipe: Any) -> Iterator[Any]:
+    """Inside the block, the pipeline samples its patched model with flow-map steps: ``with any_step(pipe): pipe(...)``.
+
+    r is the end of the step that the scheduler takes, 0 for the last; N steps are N model calls (twice that where the
+    pipeline calls the model once more for guidance). Multistep solvers (Wan ships UniPC) are replaced by Euler steps
+    with the same shift. On exit, also after an exception, the pipeline has its own scheduler and the model no schedule.
+
+    Raises ValueError when a denoiser of the pipeline is not patched or its scheduler is not a flow-matching one;
+    TypeError when ``pipe`` is not a pipeline.
+    """
+    if isinstance(pipe, nn.Module):
+        raise TypeError(f"any_step takes a pipeline, got the model {type(pipe).__name__}")
+    models = denoisers(pipe)
+    for model in models:
+        if not is_patched(model):
+            raise ValueError(f"{type(model).__name__} is not patched; call anyflow.patch(pipe) first")
+    stock = pipe.scheduler
+    scheduler = AnyStepScheduler.like(stock, models)
+    pipe.scheduler = scheduler
+    try:
+        yield pipe
+    finally:
+        scheduler.release()
+        pipe.scheduler = stock
