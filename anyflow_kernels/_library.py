@@ -159,7 +159,9 @@ def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callab
     if reason is not None:
 
         def refuse(*arguments: Any) -> Any:
-            raise RuntimeError(f"{operator.name}: backend {backend!r} is forced but cannot run on {device_type}: {reason}")
+            raise RuntimeError(
+                f"{operator.name}: backend {backend!r} is forced but cannot run on {device_type}: {reason}"
+            )
 
         return refuse
     implementation = operator.implementation(backend)

@@ -32,6 +32,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     # What samplers of noise-prediction pipelines (SDXL) ask of a scheduler.
     init_noise_sigma = 1.0
+    num_inference_steps: int | None = None
 
     _models: Sequence[nn.Module] = ()
     _announced: int | None = None
@@ -42,7 +43,9 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         with flow sigmas (UniPC, DPM++). Raises ValueError for one that is not flow-matching."""
         config = dict(scheduler.config)
         if type(scheduler).__name__.startswith("FlowM"):
-            shift = getattr(scheduler, "shift", config.get("shift", 1.0))
+            # Where shift is a property it can have been set since construction.
+            settable = isinstance(getattr(type(scheduler), "shift", None), property)
+            shift = scheduler.shift if settable else config.get("shift", 1.0)
         elif config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
             shift = config.get("flow_shift", 1.0)
         else:

@@ -1,0 +1,45 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import anyflow_kernels
+from anyflow_kernels import _library
+
+AVAILABLE = [b for b in _library.BACKENDS if _library.why_not(b, "cpu", _library._operators["gate_blend"]) is None]
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that runs on this machine's CPU, one after the other."""
+    with anyflow_kernels.use_backend(request.param):
+        yield request.param
+
+
+class _Poisoning:
+    """The torch module, whose uninitialised memory is NaN."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    def empty(self, *arguments, **options) -> torch.Tensor:
+        return torch.full_like(torch.empty(*arguments, **options), torch.nan)
+
+    def empty_like(self, *arguments, **options) -> torch.Tensor:
+        return torch.full_like(torch.empty_like(*arguments, **options), torch.nan)
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "triton" in AVAILABLE:
+        for operator in anyflow_kernels.__all__:
+            try:
+                kernels = importlib.import_module(f"anyflow_kernels.{operator}.kernels")
+            except ModuleNotFoundError:
+                continue
+            monkeypatch.setattr(kernels, "torch", _Poisoning())

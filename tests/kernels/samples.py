@@ -1,0 +1,280 @@
+"""Inputs of every operator, its formula in plain PyTorch, and the rule that results are held to."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import anyflow_kernels
+from anyflow_kernels import EmbedderWeights
+
+OPERATORS = ("gate_blend", "rollout_step", "flowmap_embedding")
+
+
+@dataclass(frozen=True)
+class Sample:
+    tensors: dict[str, Tensor]
+    run: Callable[..., tuple[Tensor, ...]]  # the public operator on such tensors
+    formula: Callable[..., tuple[Tensor, ...]]  # in plain PyTorch, in the dtypes of the tensors; exact: unrounded
+    raw: Callable[..., tuple[Any, ...]]  # what the public function hands to the dispatcher
+    terms: int  # of the longest sum
+
+    @property
+    def differentiable(self) -> list[str]:
+        return [name for name, tensor in self.tensors.items() if tensor.requires_grad]
+
+    def replaced(self, **tensors: Tensor) -> Sample:
+        """With other tensors under the same names, which keep whether a gradient is asked of them."""
+        ready = {n: t.detach().requires_grad_(self.tensors[n].requires_grad) for n, t in tensors.items()}
+        return replace(self, tensors={**self.tensors, **ready})
+
+
+def sample_inputs(
+    operator: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+    *,
+    second_dtype: torch.dtype | None = None,
+    **shape: Any,
+) -> Sample:
+    """``dtype`` is that of base, of x, or of the base embedder's weights; ``second_dtype`` that of delta, of the
+    velocities, or of the delta embedder's weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, dtype: torch.dtype = dtype, spread: float = 1.0, learnt: bool = True) -> Tensor:
+        values = torch.randn(size, generator=generator, dtype=torch.float64) * spread
+        return values.to(device, dtype).requires_grad_(requires_grad and learnt)
+
+    def uniform(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.rand(size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    builder = {"gate_blend": _gate_blend, "rollout_step": _rollout_step, "flowmap_embedding": _flowmap_embedding}
+    return builder[operator](normal, uniform, dtype, second_dtype or dtype, **shape)
+
+
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _gate_blend(normal, uniform, dtype, second_dtype, size=(3, 63), gate=0.25) -> Sample:
+    tensors = {"base": normal(*size), "delta": normal(*size, dtype=second_dtype)}
+    tensors["gate"] = normal(1, dtype=_wide(dtype, second_dtype))
+    tensors["gate"].data.fill_(gate)
+
+    def formula(base: Tensor, delta: Tensor, gate: Tensor, exact: bool = False) -> tuple[Tensor]:
+        return ((base + gate.to(base.dtype).reshape(()) * (delta - base)).to(base.dtype),)
+
+    return Sample(
+        tensors,
+        lambda base, delta, gate: (anyflow_kernels.gate_blend(base, delta, gate),),
+        formula,
+        lambda base, delta, gate: (base, delta, gate),
+        terms=math.prod(size),
+    )
+
+
+def _rollout_step(
+    normal,
+    uniform,
+    dtype,
+    second_dtype,
+    size=(2, 3, 4, 9),
+    times=(2,),
+    guidance: float | None = 3.5,
+    sign: int = -1,
+    average: bool = True,
+    last: bool = False,
+    model_dtype: torch.dtype | None = None,
+) -> Sample:
+    wide = _wide(dtype, second_dtype)
+    model_dtype = model_dtype or second_dtype
+    tensors = {"x": normal(*size), "velocity": normal(*size, dtype=second_dtype)}
+    if average:
+        tensors["average"] = normal(*size, dtype=wide)
+    if guidance is not None:
+        tensors["uncond_velocity"] = normal(*size, dtype=second_dtype)
+    tensors |= {name: uniform(*times, dtype=wide) for name in ("sigma", "sigma_next", "weight")}
+    options = {"guidance_scale": 1.0 if guidance is None else guidance, "sign": sign}
+    options |= {"time_scale": 1000.0, "time_offset": 0.5}
+
+    def rows(time: Tensor) -> Tensor:
+        return time if time.ndim == len(size) else time.reshape(time.shape + (1,) * (len(size) - time.ndim))
+
+    def run(
+        x, velocity, sigma, sigma_next, weight, average=None, uncond_velocity=None, **changed
+    ) -> tuple[Tensor, ...]:
+        state = anyflow_kernels.rollout_step(
+            x,
+            average,
+            velocity,
+            sigma,
+            sigma_next,
+            weight,
+            uncond_velocity=uncond_velocity,
+            model_dtype=model_dtype,
+            last=last,
+            **(options | changed),
+        )
+        return (state.average,) if last else (state.average, state.x, state.model_input, state.model_time)
+
+    def formula(
+        x, velocity, sigma, sigma_next, weight, average=None, uncond_velocity=None, exact=False
+    ) -> tuple[Tensor, ...]:
+        v = velocity
+        if guidance is not None:
+            v = uncond_velocity + guidance * (velocity - uncond_velocity)
+        v = (sign * v).to(x.dtype if exact else wide)
+        new_average = rows(weight) * v + (0 if average is None else average)
+        if last:
+            return (new_average,)
+        new_x = x.to(v.dtype) + rows(sigma_next - sigma) * v
+        return new_average, new_x, new_x if exact else new_x.to(model_dtype), 1000.0 * sigma_next + 0.5
+
+    def raw(x, velocity, sigma, sigma_next, weight, average=None, uncond_velocity=None) -> tuple[Any, ...]:
+        scalars = (options["guidance_scale"], sign, 1000.0, 0.5, model_dtype, last)
+        return (x, average, velocity, uncond_velocity, rows(sigma), rows(sigma_next), rows(weight), *scalars)
+
+    return Sample(tensors, run, formula, raw, terms=2)
+
+
+def _flowmap_embedding(
+    normal,
+    uniform,
+    dtype,
+    second_dtype,
+    rows=(3,),
+    channels=36,
+    hidden=(24, 20),
+    width=20,
+    bias: bool = True,
+    with_silu: bool = True,
+    deltatime_type: str = "r",
+    flip: bool = True,
+    shift: float = 0.0,
+    span: float | None = None,
+    time_dtype: torch.dtype | None = None,
+) -> Sample:
+    time_dtype = time_dtype or _wide(dtype, second_dtype)
+    # In float64 the formula is its own oracle: at phases of 1000 the rounding of the frequencies alone would show.
+    span = span or (1.0 if time_dtype == torch.float64 else 1000.0)
+    tensors = {}
+    for name, kind, units in (("base", dtype, hidden[0]), ("delta", second_dtype, hidden[1])):
+        tensors[f"{name}_weight_1"] = normal(units, channels, dtype=kind, spread=channels**-0.5)
+        tensors[f"{name}_weight_2"] = normal(width, units, dtype=kind, spread=units**-0.5)
+        if bias:
+            tensors[f"{name}_bias_1"] = normal(units, dtype=kind, spread=0.1)
+            tensors[f"{name}_bias_2"] = normal(width, dtype=kind, spread=0.1)
+    tensors["gate"] = normal(1, dtype=_wide(dtype, second_dtype))
+    tensors["gate"].data.fill_(0.25)
+    tensors["t"] = uniform(*rows, dtype=time_dtype) * span
+    tensors["r"] = tensors["t"] * uniform(*rows, dtype=time_dtype)
+    names = ("weight_1", "bias_1", "weight_2", "bias_2")
+    options = {"num_channels": channels, "flip_sin_to_cos": flip, "downscale_freq_shift": shift}
+
+    def embedders(weights: dict[str, Tensor]) -> list[EmbedderWeights]:
+        return [EmbedderWeights(*(weights.get(f"{e}_{name}") for name in names)) for e in ("base", "delta")]
+
+    def run(t: Tensor, r: Tensor, gate: Tensor, **weights: Tensor) -> tuple[Tensor, ...]:
+        out = anyflow_kernels.flowmap_embedding(
+            t, r, *embedders(weights), gate, deltatime_type=deltatime_type, with_silu=with_silu, **options
+        )
+        return out if with_silu else (out,)
+
+    def features(time: Tensor) -> Tensor:
+        half = channels // 2
+        index = torch.arange(half, dtype=time.dtype, device=time.device)
+        phase = time[..., None] * torch.exp(-math.log(10000.0) * index / (half - shift))
+        sin, cos = phase.sin(), phase.cos()
+        return F.pad(torch.cat([cos, sin] if flip else [sin, cos], -1), (0, channels % 2))
+
+    def formula(t: Tensor, r: Tensor, gate: Tensor, exact: bool = False, **weights: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        tau = {"r": r, "t-r": t - r, "r-t": r - t}[deltatime_type]
+        for time, (w1, b1, w2, b2) in zip((t, tau), embedders(weights), strict=True):
+            out.append(F.linear(F.silu(F.linear(features(time).to(w1.dtype), w1, b1)), w2, b2))
+        e, d = out
+        y = (e + gate.to(e.dtype) * (d - e)).to(e.dtype)
+        return (y, F.silu(y)) if with_silu else (y,)
+
+    def raw(t: Tensor, r: Tensor, gate: Tensor, **weights: Tensor) -> tuple[Any, ...]:
+        base, delta = embedders(weights)
+        scalars = (*options.values(), 1.0, 10000.0, 1.0, deltatime_type, with_silu)
+        return (t.reshape(-1), r.reshape(-1), *base, *delta, gate, *scalars)
+
+    return Sample(tensors, run, formula, raw, terms=max(channels, *hidden))
+
+
+def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients that arrive at the outputs, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        for o in outputs
+        if o.requires_grad
+    ]
+
+
+def outputs_and_gradients(
+    sample: Sample, function: Callable[..., tuple[Tensor, ...]], grads: list[Tensor] | None = None
+):
+    """(outputs, gradients by name)"""
+    outputs = function(**sample.tensors)
+    names = sample.differentiable
+    if not names:
+        return outputs, {}
+    differentiable = tuple(o for o in outputs if o.requires_grad)
+    grads = upstream(outputs) if grads is None else grads
+    inputs = [sample.tensors[n] for n in names]
+    found = torch.autograd.grad(differentiable, inputs, grads, allow_unused=True, materialize_grads=True)
+    return outputs, dict(zip(names, found, strict=True))
+
+
+def check_against_oracle(sample: Sample) -> None:
+    """Every output and gradient is at most twice as far from the float64 value as plain PyTorch in the same dtypes.
+
+    To which is added half an ulp of the largest value, the rounding that nobody avoids and that plain PyTorch may
+    escape by luck where there are few values; and the rounding errors of sums in another order, which grow with the
+    root of the number of terms: four times that, in ulps of the accumulator.
+    """
+    outputs, gradients = outputs_and_gradients(sample, sample.run)
+    grads = upstream(outputs)
+    plain_outputs, plain_gradients = outputs_and_gradients(sample, sample.formula, grads)
+    exact_sample = sample.replaced(**{n: t.detach().double() for n, t in sample.tensors.items()})
+    formula = functools.partial(sample.formula, exact=True)
+    exact_outputs, exact_gradients = outputs_and_gradients(exact_sample, formula, [g.double() for g in grads])
+
+    for position, (actual, plain, exact) in enumerate(zip(outputs, plain_outputs, exact_outputs, strict=True)):
+        assert actual.dtype == plain.dtype
+        assert actual.is_contiguous()
+        _close(f"output {position}", actual, plain, exact, sample.terms)
+    # The gate's gradient is one sum over all outputs, whose errors meet by chance: plain PyTorch's own error is then
+    # that of an output times the root of their number, not what the one draw shows.
+    chance = _error(plain_outputs[0], exact_outputs[0]) * outputs[0].numel() ** 0.5
+    for name, actual in gradients.items():
+        assert actual.dtype == sample.tensors[name].dtype, name
+        spread = chance if actual.numel() == 1 else 0.0
+        _close(f"gradient of {name}", actual, plain_gradients[name], exact_gradients[name], sample.terms, spread)
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def _close(name: str, actual: Tensor, plain: Tensor, exact: Tensor, terms: int, spread: float = 0.0) -> None:
+    assert actual.shape == exact.shape, name
+    if actual.numel() == 0:
+        return
+    wide = torch.promote_types(actual.dtype, torch.float32)
+    magnitude = max(exact.abs().max().item(), terms**0.5 if exact.numel() == 1 else 0.0)
+    floor = 0.5 * torch.finfo(actual.dtype).eps + 4 * terms**0.5 * torch.finfo(wide).eps
+    allowed = 2 * max(_error(plain, exact), spread) + floor * magnitude
+    error = _error(actual, exact)
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
