@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,18 @@ def _mlp(features: Tensor, weight_1: Tensor, bias_1: Tensor | None, weight_2: Te
     return F.linear(hidden.to(weight_2.dtype), weight_2, bias_2)
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast is still on inside an operator: it would run the products in its own dtype, and return that."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
+@_without_autocast
 def flowmap_embedding(
     t: Tensor,
     r: Tensor,
@@ -79,6 +94,7 @@ def flowmap_embedding(
     return blend.to(base.dtype), silu
 
 
+@_without_autocast
 def flowmap_embedding_backward(
     grad: Tensor,
     grad_silu: Tensor | None,

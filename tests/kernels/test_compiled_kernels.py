@@ -1,0 +1,182 @@
+"""The Triton kernels as compiled for GPUs, and their arithmetic beyond 32 bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inspect_kernels.py"
+REGISTERS = 168  # with 128 threads: three blocks on a multiprocessor of 65536 registers
+ELEMENTWISE = 64  # registers with which a multiprocessor runs 1024 threads
+
+
+@pytest.fixture(scope="module")
+def report() -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--only", " bf16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_compiled_for_every_target(report: list[dict[str, Any]]) -> None:
+    found = {(entry["kernel"], entry["target"]) for entry in report}
+    kernels = {kernel for kernel, _ in found}
+    written = set()
+    for path in (SCRIPT.parents[1] / "anyflow_kernels").glob("*/kernels.py"):
+        written |= {line[4:].split("(")[0] for line in path.read_text().splitlines() if line.startswith("def _")}
+    assert kernels == {name for name in written if name.endswith("_kernel")}
+    assert found == {(kernel, f"sm_{capability}") for kernel in kernels for capability in (80, 90, 100)}
+
+
+def test_nothing_is_spilled(report: list[dict[str, Any]]) -> None:
+    for entry in report:
+        assert entry["local"] == 0, entry
+        # The sine's slow path for huge arguments keeps its digits on the stack.
+        assert entry["stack"] <= (40 if "hidden" in entry["kernel"] or "weight_1" in entry["kernel"] else 0), entry
+
+
+def test_registers_and_shared_memory(report: list[dict[str, Any]]) -> None:
+    for entry in report:
+        limit = REGISTERS if "embedding" in entry["kernel"] else ELEMENTWISE
+        assert entry["registers"] <= limit, entry
+        assert entry["shared"] <= 99 * 1024, entry
+
+
+BULK_LOADS = {  # (loads, stores) of 16 bytes that 8 elements a thread need
+    "gate_blend bf16 _gate_blend_fwd_kernel": (2, 1),
+    "gate_blend bf16 _gate_blend_bwd_kernel": (3, 2),
+    "rollout_step bf16 _rollout_step_fwd_kernel": (
+        2 + 2 * 2,
+        2 * 2 + 1,
+    ),  # v_c and v_u; x and average, read and written
+    "rollout_step bf16 _rollout_step_bwd_kernel": (1 + 2, 2 + 1 + 1),
+    "rollout_step bf16 frames _rollout_step_fwd_kernel": (1 + 2 * 2, 2 * 2 + 1),
+    "rollout_step bf16 last _rollout_step_fwd_kernel": (2 + 2, 2),
+}
+
+
+@pytest.mark.parametrize("kernel", BULK_LOADS)
+def test_bulk_accesses_are_16_bytes_wide(report: list[dict[str, Any]], kernel: str) -> None:
+    entries = [entry for entry in report if f"{entry['case']} {entry['kernel']}" == kernel]
+    assert len(entries) == 3
+    for entry in entries:
+        assert (entry["loads"]["16"], entry["stores"]["16"]) == BULK_LOADS[kernel], entry
+        # The rest are single values: the gate, times, a partial sum. The first program's times come 8 to a thread.
+        times = 8 if "rollout_step_fwd" in kernel and "last" not in kernel else 0
+        assert sum(entry["loads"].values()) - entry["loads"]["16"] <= 3 + times, entry
+        assert sum(entry["stores"].values()) - entry["stores"]["16"] <= 1 + times, entry
+
+
+def test_weights_are_read_16_bytes_at_a_time(report: list[dict[str, Any]]) -> None:
+    # One launch, a thread's share of 64 by 64 weights: 4 x 16 bytes, for two halves of two chunks of the first layer
+    # and two tiles... of each of two embedders. Below half of that, some weight is read piecewise.
+    for entry in report:
+        if entry["kernel"].endswith(("one_launch_kernel", "_output_kernel", "_hidden_kernel")):
+            assert entry["loads"]["16"] >= 16, entry
+
+
+class _FarAway:
+    """Runs one program of a kernel, as if it were ``program``, on tensors that hold its elements only."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, program: int, first_element: int) -> None:
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def program_id(self: Any, axis: int) -> interpreter.TensorHandle:
+            return interpreter.TensorHandle(np.array([program if axis == 0 else 0], dtype=np.int32), tl.int32)
+
+        def near(pointers: interpreter.TensorHandle) -> interpreter.TensorHandle:
+            if pointers.data.size == 1:  # the gate, and times
+                return pointers
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            return interpreter.TensorHandle(pointers.data - np.uint64(first_element * size), pointers.dtype)
+
+        def far_load(self: Any, pointers: Any, *arguments: Any) -> interpreter.TensorHandle:
+            return load(self, near(pointers), *arguments)
+
+        def far_store(self: Any, pointers: Any, *arguments: Any) -> Any:
+            return store(self, near(pointers), *arguments)
+
+        monkeypatch.setattr(builder, "create_get_program_id", program_id)
+        monkeypatch.setattr(builder, "create_masked_load", far_load)
+        monkeypatch.setattr(builder, "create_masked_store", far_store)
+
+
+needs_interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="in Triton's interpreter only")
+PROGRAM = 3_000_000  # of 1024 elements: the first is beyond 2^31
+
+
+@needs_interpreter
+def test_gate_blend_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyflow_kernels.gate_blend.kernels import _gate_blend_fwd_kernel
+
+    base, delta, gate, y = torch.randn(1024), torch.randn(1024), torch.tensor([0.5]), torch.zeros(1024)
+    _FarAway(monkeypatch, PROGRAM, PROGRAM * 1024)
+    numel = PROGRAM * 1024 + 1000
+    _gate_blend_fwd_kernel[(1,)](y, base, delta, gate, numel, ACCUMULATE=tl.float32, BLOCK=1024)
+    expected = torch.lerp(base, delta, gate)
+    expected[1000:] = 0
+    torch.testing.assert_close(y, expected)
+
+
+@needs_interpreter
+def test_rollout_step_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyflow_kernels.rollout_step.kernels import _rollout_step_fwd_kernel, launch_config
+
+    shape = torch.Size([1, (PROGRAM + 1) * 1024])
+    tiling = launch_config(shape, torch.Size([1, 1]))
+    assert (tiling.tile_rows, tiling.tile_columns, tiling.programs) == (1, 1024, PROGRAM + 1)
+    x, v = torch.randn(1024), torch.randn(1024)
+    new_x, average = torch.zeros(1024), torch.zeros(1024)
+    sigma, sigma_next, weight = torch.tensor([0.75]), torch.tensor([0.5]), torch.tensor([0.25])
+    _FarAway(monkeypatch, PROGRAM, PROGRAM * 1024)
+    sizes = (tiling.row_count, tiling.middle, tiling.frames, tiling.inner)
+    options = {k: v for k, v in tiling.options.items() if k != "num_warps"}
+    _rollout_step_fwd_kernel[(1,)](
+        new_x,
+        average,
+        None,
+        torch.zeros(1),
+        x,
+        None,
+        v,
+        None,
+        sigma,
+        sigma_next,
+        weight,
+        sigma_next,
+        1,
+        1.0,
+        1.0,
+        0.0,
+        *sizes,
+        SIGN=1,
+        ACCUMULATE=tl.float32,
+        ACCUMULATE_TIME=tl.float32,
+        **options,
+    )
+    torch.testing.assert_close(new_x, x - 0.25 * v)
+    torch.testing.assert_close(average, 0.25 * v)
+
+
+@needs_interpreter
+def test_rollout_step_counts_rows_in_64_bits_where_32_do_not_hold_them() -> None:
+    from anyflow_kernels.rollout_step.kernels import launch_config
+
+    rows = torch.Size([2**31])
+    assert launch_config(rows, rows).options["INDEX"] == tl.int64
+    assert launch_config(torch.Size([2**21, 2**11]), torch.Size([2**21, 1])).options["INDEX"] == tl.int32

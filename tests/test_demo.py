@@ -1,0 +1,117 @@
+"""The main job, small: the same code on fewer steps and samples, interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow.demo.data import PCASpace, conditioning, load_digits, rmse, unconditional
+from anyflow.demo.distil import Distillation, Recipe
+from anyflow.demo.evaluate import evaluation_inputs, sample_student, sample_teacher
+from anyflow.demo.teacher import load_teacher
+
+SMALL = Recipe(steps=4, batch_size=8)
+
+
+def test_digits_and_conditioning() -> None:
+    data = load_digits()
+    assert data.images.shape == (1797, 1, 8, 8) and data.images.min() == -1 and data.images.max() == 1
+    assert sorted(set(data.labels.tolist())) == list(range(10))
+    given, null = conditioning(torch.tensor([3])), unconditional(torch.tensor([3]))
+    assert given["pooled_projections"].argmax() == 3 and null["pooled_projections"].argmax() == 10
+
+
+def test_frechet_distance() -> None:
+    """Zero to itself; the squared shift of the mean for a shifted copy (the covariance is the same)."""
+    data = load_digits()
+    space = PCASpace.of(data.images)
+    assert space.frechet_distance(data.images) == pytest.approx(0.0, abs=1e-6)
+    direction = torch.from_numpy(space.axes[0]).float().reshape(1, 1, 8, 8)
+    assert space.frechet_distance(data.images + 0.5 * direction) == pytest.approx(0.25, abs=1e-5)
+
+
+def test_shipped_teacher_is_a_good_one() -> None:
+    data = load_digits()
+    noise, labels = evaluation_inputs(data, 1000)
+    images = sample_teacher(load_teacher(), noise, labels, 16, Recipe.guidance_scale)
+    assert PCASpace.of(data.images).frechet_distance(images) <= 0.7
+
+
+def test_an_untrained_student_is_the_unguided_teacher() -> None:
+    """With a fresh clone, gate 0 and LoRA at its zero start, flow-map steps are the teacher's Euler steps."""
+    run = Distillation(Recipe(steps=1, batch_size=4, gate_value=0.0), load_digits())
+    noise, labels = evaluation_inputs(load_digits(), 32)
+    student = sample_student(run.student.eval(), noise, labels, 4)
+    assert rmse(student, sample_teacher(load_teacher(), noise, labels, 4, 1.0)) < 1e-5
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    data = load_digits()
+    whole = Distillation(SMALL, data)
+    for _ in range(4):
+        whole.train_step()
+    first = Distillation(SMALL, data)
+    for _ in range(2):
+        first.train_step()
+    first.save(tmp_path)
+    torch.manual_seed(99)
+    second = Distillation(SMALL, data)
+    assert second.load(tmp_path) and second.step == 2
+    for _ in range(2):
+        second.train_step()
+    for a, b in zip(whole.parameters, second.parameters, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.average, second.average, strict=True):
+        assert torch.equal(a, b)
+    other = Distillation(Recipe(steps=5, batch_size=8), data)
+    assert not other.load(tmp_path)
+    assert not other.load(tmp_path / "nothing")
+
+
+def command(out: Path, steps: int) -> list[str]:
+    return [sys.executable, "-m", "anyflow.demo", "--out", str(out), "--steps", str(steps), "--samples", "32"]
+
+
+def test_interrupt_resume_and_second_run(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    steps = 30
+    process = subprocess.Popen(command(out, steps), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    assert process.stderr is not None
+    while time.monotonic() < deadline:
+        if "distillation:   3%" in process.stderr.readline(4096) or process.poll() is not None:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command continues" in error
+    assert (out / "checkpoint").is_dir() and not (out / "results.json").exists()
+
+    finished = subprocess.run(command(out, steps), capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "continuing from step" in finished.stdout and "teacher rmse" in finished.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["teacher"]) == ["1", "2", "4", "8", "16", "32"]
+    assert list(results["student"]) == ["1", "2", "4", "8", "16"]
+    assert all(set(row) == {"rmse", "fd"} for rows in (results["teacher"], results["student"]) for row in rows.values())
+    assert results["trainable_parameters"] > 0 and set(results["seconds"]) == {"distillation", "evaluation"}
+    for name in ("samples.png", "quality.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert (out / "student" / "anyflow_student.safetensors").exists()
+
+    again = subprocess.run(command(out, steps), capture_output=True, text=True, timeout=30, check=False)
+    assert again.returncode == 0 and "is finished" in again.stdout and "teacher rmse" in again.stdout
+
+
+def test_bad_arguments() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "anyflow.demo", "--steps", "0"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "--steps must be at least 1" in result.stderr
