@@ -129,6 +129,35 @@ class TestRounding:
 
 
 @pytest.mark.parametrize("name", NAMES)
+class TestAutocast:
+    def test_identities_hold(self, name: str) -> None:
+        model, inputs, t, r = setup(name)
+        if name in ROUNDS_TIME:
+            t = tiny_models.times(name, EXACT_SIGMAS)
+        with torch.autocast("cpu", torch.bfloat16):
+            stock = call(model, name, inputs, t)
+            anyflow.patch(model)
+            assert torch.equal(call(model, name, inputs, t), stock)
+            assert torch.equal(call(model, name, inputs, t, t), stock)
+            assert not torch.equal(call(model, name, inputs, t, r), stock)
+
+    def test_features_are_float32_and_distinct(self, name: str) -> None:
+        """999.4 and 1000 are one number in bfloat16."""
+        model = tiny_models.build(name)
+        anyflow.patch(model, gate_value=1.0)
+        inputs, seen = tiny_models.inputs(name), []
+        delta = model.get_submodule(sites(model)[0].delta)
+        first = next(m for m in delta.modules() if isinstance(m, nn.Linear))
+        first.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+        t = tiny_models.times(name, [1.0, 1.0])
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                call(model, name, inputs, t, tiny_models.times(name, [0.9994, 1.0]))
+        assert seen[1].dtype == torch.float32 and not torch.equal(seen[1][0], seen[1][1])
+        assert torch.allclose(seen[0], seen[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 class TestGradients:
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_every_delta_parameter_gets_a_gradient(self, name: str, checkpointing: bool) -> None:
@@ -416,6 +445,28 @@ class TestWrappers:
             first = tiny_models.call(wrapped, self.name, inputs, t, r)
             (first + tiny_models.call(wrapped, self.name, inputs, t, t)).sum().backward()
             assert all(p.grad is not None for _, p in anyflow.delta_parameters(wrapped))
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_fsdp2_after_patching(self, tmp_path: Any) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            model, inputs, t, r = setup(self.name)
+            anyflow.patch(model)
+            expected = call(model, self.name, inputs, t, r)
+            mesh = init_device_mesh("cpu", (1,))
+            for block in model.transformer_blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            output = tiny_models.call(model, self.name, inputs, t, r)
+            assert torch.allclose(output, expected, atol=1e-6)
+            output.sum().backward()
+            assert all(p.grad is not None for _, p in anyflow.delta_parameters(model))
+            with pytest.raises(ValueError, match="wrapped after it was patched"):
+                anyflow.unpatch(model)
         finally:
             torch.distributed.destroy_process_group()
 

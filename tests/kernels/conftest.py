@@ -11,13 +11,14 @@ import torch
 import anyflow_kernels
 from anyflow_kernels import _library
 
-AVAILABLE = [b for b in _library.BACKENDS if _library.why_not(b, "cpu", _library._operators["gate_blend"]) is None]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AVAILABLE = [b for b in _library.BACKENDS if _library.why_not(b, DEVICE, _library._operators["gate_blend"]) is None]
 
 
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that runs on this machine's CPU, one after the other."""
-    with anyflow_kernels.use_backend(request.param):
+    """Every backend that runs on this machine's GPU, or on its CPU where it has none, one after the other."""
+    with torch.device(DEVICE), anyflow_kernels.use_backend(request.param):
         yield request.param
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import anyflow_kernels
 from anyflow_kernels import EmbedderWeights
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = ("gate_blend", "rollout_step", "flowmap_embedding")
 
 
@@ -38,7 +39,7 @@ class Sample:
 
 def sample_inputs(
     operator: str,
-    device: str = "cpu",
+    device: str = DEVICE,
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = False,
     *,
@@ -50,11 +51,11 @@ def sample_inputs(
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = dtype, spread: float = 1.0, learnt: bool = True) -> Tensor:
-        values = torch.randn(size, generator=generator, dtype=torch.float64) * spread
+        values = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") * spread
         return values.to(device, dtype).requires_grad_(requires_grad and learnt)
 
     def uniform(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.rand(size, generator=generator, dtype=torch.float64).to(device, dtype)
+        return torch.rand(size, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
     builder = {"gate_blend": _gate_blend, "rollout_step": _rollout_step, "flowmap_embedding": _flowmap_embedding}
     return builder[operator](normal, uniform, dtype, second_dtype or dtype, **shape)
@@ -216,7 +217,7 @@ def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients that arrive at the outputs, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o.device, o.dtype)
         for o in outputs
         if o.requires_grad
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import check_against_oracle, outputs_and_gradients, sample_inputs
+from samples import DEVICE, check_against_oracle, outputs_and_gradients, sample_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyflow_kernels import EmbedderWeights, flowmap_embedding
@@ -37,20 +37,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_result_and_gradients(backend: str, dtypes: tuple[torch.dtype, torch.dtype], rows: tuple[int, ...]) -> None:
-    sample = sample_inputs("flowmap_embedding", "cpu", dtypes[0], True, second_dtype=dtypes[1], rows=rows)
+    sample = sample_inputs("flowmap_embedding", DEVICE, dtypes[0], True, second_dtype=dtypes[1], rows=rows)
     check_against_oracle(sample)
 
 
 @pytest.mark.parametrize("rows", [(2,), (3,)], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_variants(backend: str, variant: dict[str, Any], rows: tuple[int, ...]) -> None:
-    check_against_oracle(sample_inputs("flowmap_embedding", "cpu", F32, True, rows=rows, **variant))
+    check_against_oracle(sample_inputs("flowmap_embedding", DEVICE, F32, True, rows=rows, **variant))
 
 
 @pytest.mark.parametrize("rows", [(2,), (3,)], ids=["one launch", "two launches"])
 def test_several_blocks_in_every_direction(backend: str, rows: tuple[int, ...]) -> None:
     sample = sample_inputs(
-        "flowmap_embedding", "cpu", F32, rows=rows, channels=300, hidden=(150, 70), width=130, time_dtype=F64
+        "flowmap_embedding", DEVICE, F32, rows=rows, channels=300, hidden=(150, 70), width=130, time_dtype=F64
     )
     check_against_oracle(sample)
 
@@ -137,7 +137,7 @@ def test_the_blend_is_exact_where_the_embedders_agree(backend: str) -> None:
     ids=["rows", "bf16 times", "times gradient", "gate", "weight", "bias", "widths", "bias dtype"],
 )
 def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:
-    sample = sample_inputs("flowmap_embedding")
+    sample = sample_inputs("flowmap_embedding", "cpu")
     with pytest.raises(ValueError, match=message):
         sample.run(**{**sample.tensors, **change})
 

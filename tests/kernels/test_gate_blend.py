@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import check_against_oracle, sample_inputs
+from samples import DEVICE, check_against_oracle, sample_inputs
 
 from anyflow_kernels import gate_blend
 
@@ -23,12 +23,12 @@ DTYPES = {
 @pytest.mark.parametrize("size", [(3, 63), (100,), (2, 1100), (1,), (0, 5), ()], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_result_and_gradients(backend: str, dtypes: tuple[torch.dtype, torch.dtype], size: tuple[int, ...]) -> None:
-    check_against_oracle(sample_inputs("gate_blend", "cpu", dtypes[0], True, second_dtype=dtypes[1], size=size))
+    check_against_oracle(sample_inputs("gate_blend", DEVICE, dtypes[0], True, second_dtype=dtypes[1], size=size))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_gate_zero_and_equal_embeddings_are_exact(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    tensors = sample_inputs("gate_blend", "cpu", dtypes[0], second_dtype=dtypes[1]).tensors
+    tensors = sample_inputs("gate_blend", DEVICE, dtypes[0], second_dtype=dtypes[1]).tensors
     base, delta = tensors["base"], tensors["delta"]
     assert torch.equal(gate_blend(base, delta, torch.zeros(())), base)
     assert torch.equal(gate_blend(base, base, torch.tensor(0.3)), base)
@@ -58,4 +58,4 @@ def test_gate_of_any_dtype_and_shape(backend: str, gate_dtype: torch.dtype) -> N
 )
 def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gate_blend(**{**sample_inputs("gate_blend").tensors, **change})
+        gate_blend(**{**sample_inputs("gate_blend", "cpu").tensors, **change})

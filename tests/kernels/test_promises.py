@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from samples import OPERATORS, Sample, check_against_oracle, outputs_and_gradients, sample_inputs, upstream
+from samples import DEVICE, OPERATORS, Sample, check_against_oracle, outputs_and_gradients, sample_inputs, upstream
 from torch import Tensor
 
 import anyflow_kernels
@@ -44,7 +44,7 @@ def _assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_gradcheck(backend: str, operator: str) -> None:
-    sample = sample_inputs(operator, "cpu", F64, True, **TINY[operator])
+    sample = sample_inputs(operator, DEVICE, F64, True, **TINY[operator])
     names = sample.differentiable
 
     def function(*tensors: Tensor) -> list[Tensor]:
@@ -57,12 +57,12 @@ def test_gradcheck(backend: str, operator: str) -> None:
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
 def test_opcheck(backend: str, operator: str, requires_grad: bool) -> None:
-    sample = sample_inputs(operator, "cpu", F32, requires_grad, second_dtype=BF16, **TINY[operator])
+    sample = sample_inputs(operator, DEVICE, F32, requires_grad, second_dtype=BF16, **TINY[operator])
     torch.library.opcheck(getattr(torch.ops.anyflow_kernels, operator).default, sample.raw(**sample.tensors))
 
 
 def test_opcheck_of_the_backward(backend: str, operator: str) -> None:
-    sample = sample_inputs(operator, "cpu", F32, second_dtype=BF16, **TINY[operator])
+    sample = sample_inputs(operator, DEVICE, F32, second_dtype=BF16, **TINY[operator])
     raw, outputs = sample.raw(**sample.tensors), sample.run(**sample.tensors)
     grads = [torch.ones_like(o) for o in outputs]
     if operator == "gate_blend":
@@ -160,7 +160,7 @@ def test_empty_batch(backend: str, operator: str) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_two_runs_are_bit_equal(backend: str, operator: str, dtype: torch.dtype) -> None:
-    sample = sample_inputs(operator, "cpu", dtype, True)
+    sample = sample_inputs(operator, DEVICE, dtype, True)
     _assert_equal(_results(sample), _results(sample))
 
 
@@ -183,7 +183,7 @@ def test_inputs_are_neither_modified_nor_aliased(backend: str, operator: str) ->
 def test_autocast_changes_nothing(backend: str, operator: str) -> None:
     sample = sample_inputs(operator, requires_grad=True)
     expected = _results(sample)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(DEVICE, dtype=BF16):
         _assert_equal(_results(sample), expected)
 
 
@@ -210,12 +210,12 @@ def test_reference_has_a_forward_mode(operator: str) -> None:
 def test_mixed_devices_are_named(operator: str) -> None:
     sample = sample_inputs(operator)
     name = {"gate_blend": "delta", "rollout_step": "velocity", "flowmap_embedding": "delta_weight_2"}[operator]
-    with pytest.raises(ValueError, match=r"is on cpu and .* on meta"):
+    with pytest.raises(ValueError, match=r"is on (cpu|cuda:0) and .* on meta"):
         sample.run(**{**sample.tensors, name: sample.tensors[name].to("meta")})
 
 
 def test_meta_tensors_give_the_right_shapes(operator: str) -> None:
-    sample = sample_inputs(operator, "cpu", F32, second_dtype=BF16)
+    sample = sample_inputs(operator, DEVICE, F32, second_dtype=BF16)
     expected = sample.run(**sample.tensors)
     found = sample.run(**{n: t.to("meta") for n, t in sample.tensors.items()})
     for f, e in zip(found, expected, strict=True):

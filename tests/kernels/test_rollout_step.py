@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import check_against_oracle, sample_inputs
+from samples import DEVICE, check_against_oracle, sample_inputs
 from torch import Tensor
 
 from anyflow_kernels import rollout_step
@@ -50,18 +50,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shapes", TIMES.values(), ids=TIMES)
 def test_times_of_every_shape(backend: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    check_against_oracle(sample_inputs("rollout_step", "cpu", F32, True, size=shapes[0], times=shapes[1]))
+    check_against_oracle(sample_inputs("rollout_step", DEVICE, F32, True, size=shapes[0], times=shapes[1]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_result_and_gradients(backend: str, dtypes: tuple[torch.dtype, torch.dtype], variant: dict[str, Any]) -> None:
-    check_against_oracle(sample_inputs("rollout_step", "cpu", dtypes[0], True, second_dtype=dtypes[1], **variant))
+    check_against_oracle(sample_inputs("rollout_step", DEVICE, dtypes[0], True, second_dtype=dtypes[1], **variant))
 
 
 @pytest.mark.parametrize("guidance", [0.3, 7.5])
 def test_float64_keeps_the_scalars_in_float64(backend: str, guidance: float) -> None:
-    sample = sample_inputs("rollout_step", "cpu", F64, guidance=guidance, sign=1)
+    sample = sample_inputs("rollout_step", DEVICE, F64, guidance=guidance, sign=1)
     average = sample.run(**sample.tensors)[0]
     v, u = sample.tensors["velocity"], sample.tensors["uncond_velocity"]
     weight = sample.tensors["weight"].reshape(2, 1, 1, 1)
@@ -119,8 +119,8 @@ def test_average_converges_at_first_order(backend: str, r: float) -> None:
 def test_average_over_a_short_interval_keeps_its_digits(backend: str) -> None:
     """From the ends of the rollout, (x_N - x_0) / (sigma_r - sigma_t), bf16 states would be off by a quarter."""
     generator = torch.Generator().manual_seed(0)
-    velocities = [torch.randn(2, 200, generator=generator).to(BF16) for _ in range(8)]
-    x, average, model_input = torch.randn(2, 200, generator=generator), None, None
+    velocities = [torch.randn(2, 200, generator=generator, device="cpu").to(DEVICE, BF16) for _ in range(8)]
+    x, average, model_input = torch.randn(2, 200, generator=generator, device="cpu").to(DEVICE), None, None
     sigmas, weight = torch.linspace(0.5, 0.48, 9), torch.tensor(1 / 8)
     for k, v in enumerate(velocities):
         x, average, model_input, _ = rollout_step(x, average, v, sigmas[k], sigmas[k + 1], weight, last=k == 7)
@@ -143,6 +143,6 @@ def test_average_over_a_short_interval_keeps_its_digits(backend: str) -> None:
     ids=["velocity", "times differ", "times length", "times rank", "times gradient", "dtype", "sign"],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    sample = sample_inputs("rollout_step")
+    sample = sample_inputs("rollout_step", "cpu")
     with pytest.raises(ValueError, match=message):
         sample.run(**{**sample.tensors, **change})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +56,7 @@ def patch(
 
     The embedding of time becomes e(t) + gate (d(tau) - e(t)), where d, the delta embedder, starts as a trainable copy
     of e, and tau is r or t - r (AnyFlow, arXiv 2605.13724). ``model(..., r_timestep=None)`` stays the stock model to
-    the bit. With type "r" and r = t, a fresh patch changes nothing either; with type "t-r" it does, as d sees 0.
+    the bit. With type "r" and r = t, a fresh patch changes nothing either; with type "t-r" it does, as d sees 0: it warns.
 
     ``model``: a diffusers model, one wrapped by peft, DDP or torch.compile, or a pipeline.
     ``gate_value``: in [0, 1].
@@ -82,6 +84,12 @@ def patch(
             set_conditioning(bare, gate_value, deltatime_type)
         else:
             _patch(bare, spec, gate_value, deltatime_type)
+            if deltatime_type == "t-r" and gate_value > 0:
+                warnings.warn(
+                    "deltatime_type='t-r' with a fresh delta embedder changes the model before any training, also at "
+                    "r = t: the copied embedder sees a time of 0 there",
+                    stacklevel=2,
+                )
         record.replaced.append((spec.class_name, "forward takes r_timestep"))
         for site in spec.sites:
             record.replaced.append((site.embedder, f"blends in {site.delta}, a trainable clone"))
@@ -148,8 +156,6 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def _check_patchable(model: nn.Module, spec: FamilySpec) -> FamilySpec:
-    import inspect
-
     if "r_timestep" in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes r_timestep by itself and needs no patch")
     if "forward" in model.__dict__:
