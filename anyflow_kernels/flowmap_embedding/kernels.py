@@ -777,17 +777,21 @@ def flowmap_embedding_backward(
     need_gate: bool,
 ) -> tuple[Tensor, ...]:
     rows, channels = t.shape[0], base_weight_2.shape[0]
-    t, r = _common_times(t, r)
     weights = _contiguous(
         base_weight_1, base_bias_1, base_weight_2, base_bias_2,
         delta_weight_1, delta_bias_1, delta_weight_2, delta_bias_2,
     )  # fmt: skip
     needed = [need_base] * 4 + [need_delta] * 4
-    out = [torch.empty_like(w) if n and w is not None else None for w, n in zip(weights, needed, strict=True)]
-    grad_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format) if need_gate else t.new_empty(0)
+    out = [
+        torch.empty_like(w, memory_format=torch.contiguous_format) if n and w is not None else None
+        for w, n in zip(weights, needed, strict=True)
+    ]
+    grad_gate = None
+    absent = t.new_empty
     if rows == 0 or channels == 0:
-        return *(t.new_empty(0) if w is None else w.zero_() for w in out), grad_gate
+        return *(absent(0) if w is None else w.zero_() for w in out), torch.zeros_like(gate) if need_gate else absent(0)
 
+    t, r = _common_times(t, r)
     sizes = (rows, base_weight_1.shape[0], delta_weight_1.shape[0], channels)
     accumulate, config = _plan(max(rows, _ONE_LAUNCH_ROWS + 1), *sizes[1:], weights)
     options = {"ACCUMULATE": ACCUMULATOR[accumulate], "num_warps": config.num_warps}
@@ -859,7 +863,7 @@ def flowmap_embedding_backward(
             BLOCK_FREQUENCY=block,
             **options,
         )
-    return *(t.new_empty(0) if w is None else w for w in out), grad_gate
+    return tuple(absent(0) if g is None else g for g in (*out, grad_gate))
 
 
 def _launch_hidden(

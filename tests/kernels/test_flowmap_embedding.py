@@ -55,6 +55,14 @@ def test_several_blocks_in_every_direction(backend: str, rows: tuple[int, ...]) 
     check_against_oracle(sample)
 
 
+def test_times_of_two_dtypes(backend: str) -> None:
+    sample = sample_inputs("flowmap_embedding", requires_grad=True)
+    _, expected = outputs_and_gradients(sample, sample.run)
+    _, found = outputs_and_gradients(sample.replaced(r=sample.tensors["r"].double()), sample.run)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
 @pytest.mark.parametrize("wanted", ["base", "delta", "gate"])
 def test_gradients_of_a_part_are_those_of_the_whole(backend: str, wanted: str) -> None:
     sample = sample_inputs("flowmap_embedding", requires_grad=True)

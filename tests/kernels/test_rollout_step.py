@@ -70,6 +70,19 @@ def test_float64_keeps_the_scalars_in_float64(backend: str, guidance: float) -> 
     )
 
 
+@pytest.mark.parametrize("guidance", [0.3, 7.5])
+def test_float_arguments_are_the_same_compiled(backend: str, guidance: float) -> None:
+    sample = sample_inputs("rollout_step")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda tensors, scale: sample.run(**tensors, guidance_scale=scale), fullgraph=True, backend="aot_eager"
+    )
+    for scale in (guidance, guidance + 0.1):
+        found, expected = compiled(sample.tensors, scale), sample.run(**sample.tensors, guidance_scale=scale)
+        for f, e in zip(found, expected, strict=True):
+            assert torch.equal(f, e)
+
+
 def test_model_time_keeps_the_dtype_and_shape_of_sigma(backend: str) -> None:
     x = torch.zeros(2, 3)
     for shape in ((), (1,), (2,), (2, 1)):
