@@ -85,13 +85,13 @@ def _silu_derivative(x):
 @triton.jit
 def _frequency(index, dtype: tl.constexpr, LOG2_STEP: tl.constexpr):
     """2^(-LOG2_STEP index)"""
-    exponent = index.to(tl.float64) * (-LOG2_STEP)
+    exponent = index.to(dtype) * (-LOG2_STEP)
     if dtype == tl.float64:
         y = tl.exp2(exponent)
     else:
         # The GPU's float32 exp2 is good to 22 bits, which phases of 1000 would show. Its Taylor series is good to 24.
         whole = tl.maximum(tl.floor(exponent + 0.5), -126.0)
-        x = (exponent - whole).to(tl.float32)
+        x = exponent - whole
         y = 1.525273380405984e-5 * x + 1.5403530393381608e-4
         y = y * x + 1.3333558146428443e-3
         y = y * x + 9.618129107628477e-3

@@ -81,7 +81,7 @@ def _tile(
     column_tiles = tl.cdiv(inner, TILE_COLUMNS)
     row = (tl.program_id(0) // column_tiles).to(INDEX) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = (tl.program_id(0) % column_tiles).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    time = row // (middle * frames) * frames + row % frames
+    time = row // frames // middle * frames + row % frames
     row_mask = row < row_count
     offset = row.to(tl.int64)[:, None] * inner + column[None, :]
     return offset, row_mask[:, None] & (column < inner)[None, :], time, row_mask

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 import numpy as np
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inspect_kernels.py"
@@ -90,34 +91,34 @@ def test_weights_are_read_16_bytes_at_a_time(report: list[dict[str, Any]]) -> No
 
 
 class _FarAway:
-    """Runs one program of a kernel, as if it were ``program``, on tensors that hold its elements only."""
+    """Runs one program of a kernel as if it were number ``program``, on tensors that hold its 1024 elements only and on
+    whole ones: times, the gate."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, program: int, first_element: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, program: int, near: list[Tensor], whole: list[Tensor]) -> None:
+        self.first = program * 1024
+        self.near = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in near]
+        self.whole = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in whole]
         builder = interpreter.InterpreterBuilder
         load, store = builder.create_masked_load, builder.create_masked_store
 
-        def program_id(self: Any, axis: int) -> interpreter.TensorHandle:
+        def program_id(_: Any, axis: int) -> interpreter.TensorHandle:
             return interpreter.TensorHandle(np.array([program if axis == 0 else 0], dtype=np.int32), tl.int32)
 
-        def near(pointers: interpreter.TensorHandle) -> interpreter.TensorHandle:
-            if pointers.data.size == 1:  # the gate, and times
-                return pointers
-            size = pointers.get_element_ty().primitive_bitwidth // 8
-            return interpreter.TensorHandle(pointers.data - np.uint64(first_element * size), pointers.dtype)
-
-        def far_load(self: Any, pointers: Any, *arguments: Any) -> interpreter.TensorHandle:
-            return load(self, near(pointers), *arguments)
-
-        def far_store(self: Any, pointers: Any, *arguments: Any) -> Any:
-            return store(self, near(pointers), *arguments)
-
         monkeypatch.setattr(builder, "create_get_program_id", program_id)
-        monkeypatch.setattr(builder, "create_masked_load", far_load)
-        monkeypatch.setattr(builder, "create_masked_store", far_store)
+        monkeypatch.setattr(builder, "create_masked_load", lambda b, p, *rest: load(b, self.moved(p), *rest))
+        monkeypatch.setattr(builder, "create_masked_store", lambda b, p, *rest: store(b, self.moved(p), *rest))
+
+    def moved(self, pointers: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        low, high = int(pointers.data.min()), int(pointers.data.max())
+        if any(start <= low and high < end for start, end in self.whole):
+            return pointers
+        shift = self.first * pointers.get_element_ty().primitive_bitwidth // 8
+        assert any(start <= low - shift and high - shift < end for start, end in self.near), "outside of every tensor"
+        return interpreter.TensorHandle(pointers.data - np.uint64(shift), pointers.dtype)
 
 
 needs_interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="in Triton's interpreter only")
-PROGRAM = 3_000_000  # of 1024 elements: the first is beyond 2^31
+PROGRAM = 3_000_000  # of 1024 elements: its first is beyond 2^31
 
 
 @needs_interpreter
@@ -125,7 +126,7 @@ def test_gate_blend_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     from anyflow_kernels.gate_blend.kernels import _gate_blend_fwd_kernel
 
     base, delta, gate, y = torch.randn(1024), torch.randn(1024), torch.tensor([0.5]), torch.zeros(1024)
-    _FarAway(monkeypatch, PROGRAM, PROGRAM * 1024)
+    _FarAway(monkeypatch, PROGRAM, [base, delta, y], [gate])
     numel = PROGRAM * 1024 + 1000
     _gate_blend_fwd_kernel[(1,)](y, base, delta, gate, numel, ACCUMULATE=tl.float32, BLOCK=1024)
     expected = torch.lerp(base, delta, gate)
@@ -134,49 +135,22 @@ def test_gate_blend_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_interpreter
-def test_rollout_step_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [(1, 1), (PROGRAM + 1, 1), (1, 1024)], ids=["one", "per row", "per column"])
+def test_rollout_step_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, times: tuple[int, int]) -> None:
     from anyflow_kernels.rollout_step.kernels import _rollout_step_fwd_kernel, launch_config
 
-    shape = torch.Size([1, (PROGRAM + 1) * 1024])
-    tiling = launch_config(shape, torch.Size([1, 1]))
-    assert (tiling.tile_rows, tiling.tile_columns, tiling.programs) == (1, 1024, PROGRAM + 1)
-    x, v = torch.randn(1024), torch.randn(1024)
-    new_x, average = torch.zeros(1024), torch.zeros(1024)
-    sigma, sigma_next, weight = torch.tensor([0.75]), torch.tensor([0.5]), torch.tensor([0.25])
-    _FarAway(monkeypatch, PROGRAM, PROGRAM * 1024)
-    sizes = (tiling.row_count, tiling.middle, tiling.frames, tiling.inner)
-    options = {k: v for k, v in tiling.options.items() if k != "num_warps"}
+    tiling = launch_config(torch.Size([PROGRAM + 1, 1024]), torch.Size(times))
+    assert tiling.programs == PROGRAM + 1
+    x, v, new_x, average = torch.randn(1024), torch.randn(1024), torch.zeros(1024), torch.zeros(1024)
+    sigma, sigma_next, weight = torch.full(times, 0.75), torch.full(times, 0.5), torch.full(times, 0.25)
+    _FarAway(monkeypatch, PROGRAM, [x, v, new_x, average], [sigma, sigma_next, weight])
     _rollout_step_fwd_kernel[(1,)](
-        new_x,
-        average,
-        None,
-        torch.zeros(1),
-        x,
-        None,
-        v,
-        None,
-        sigma,
-        sigma_next,
-        weight,
-        sigma_next,
-        1,
-        1.0,
-        1.0,
-        0.0,
-        *sizes,
+        *(new_x, average, None, None, x, None, v, None, sigma, sigma_next, weight, sigma_next),
+        *(0, 1.0, 1.0, 0.0, tiling.row_count, tiling.middle, tiling.frames, tiling.inner),
         SIGN=1,
         ACCUMULATE=tl.float32,
         ACCUMULATE_TIME=tl.float32,
-        **options,
+        **{name: value for name, value in tiling.options.items() if name != "num_warps"},
     )
     torch.testing.assert_close(new_x, x - 0.25 * v)
     torch.testing.assert_close(average, 0.25 * v)
-
-
-@needs_interpreter
-def test_rollout_step_counts_rows_in_64_bits_where_32_do_not_hold_them() -> None:
-    from anyflow_kernels.rollout_step.kernels import launch_config
-
-    rows = torch.Size([2**31])
-    assert launch_config(rows, rows).options["INDEX"] == tl.int64
-    assert launch_config(torch.Size([2**21, 2**11]), torch.Size([2**21, 1])).options["INDEX"] == tl.int32

@@ -19,7 +19,7 @@ from .data import CLASSES, NULL_LABEL, conditioning, load_digits
 SHIPPED_WEIGHTS = Path(__file__).with_name("teacher.safetensors")
 CONFIG = {
     "sample_size": 8,
-    "patch_size": 2,
+    "patch_size": 4,
     "in_channels": 1,
     "out_channels": 1,
     "num_layers": 4,
@@ -28,7 +28,7 @@ CONFIG = {
     "joint_attention_dim": CLASSES + 1,
     "pooled_projection_dim": CLASSES + 1,
     "caption_projection_dim": 96,
-    "pos_embed_max_size": 4,
+    "pos_embed_max_size": 2,
 }
 
 
