@@ -34,7 +34,6 @@ from anyflow_kernels.rollout_step import kernels as rollout_step
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default until triton 3.9, which warns that it will change
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 POINTERS = {BF16: "*bf16", FP32: "*fp32", FP64: "*fp64", torch.float16: "*fp16", torch.int32: "*i32"}
-SHARED_MEMORY = 99 * 1024  # what a block may use on the smallest of the supported GPUs
 WAN_LATENTS = (1, 16, 21, 60, 104)
 
 

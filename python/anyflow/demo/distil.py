@@ -21,6 +21,8 @@ from .data import Digits, conditioning, unconditional
 from .teacher import load_teacher
 
 TRAINER_FILE = "trainer.safetensors"
+PATH_STATE = ("x", "sigmas", "labels")
+SHORTEST_START = 0.02  # in sigma: below it a path is as good as finished
 LORA_TARGETS = (
     r".*attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|.*ff(_context)?\.net\.(0\.proj|2)"
@@ -79,24 +81,31 @@ class Distillation:
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.step = 0
+        # Where the rows of the last batch ended: nowhere yet, so all of them start from noise.
+        self.x = torch.zeros(recipe.batch_size, 1, 8, 8)
+        self.sigmas = torch.zeros(recipe.batch_size)
+        self.labels = torch.zeros(recipe.batch_size, dtype=torch.long)
 
     def batch(self) -> dict[str, Any]:
+        """The teacher's own paths: each row goes on from where the last target took it, or starts again from noise."""
         size, generator = self.recipe.batch_size, self.generator
+        restart = torch.rand(size, generator=generator) < self.recipe.noise_share
+        restart |= self.sigmas < SHORTEST_START
         index = torch.randint(len(self.data.images), (size,), generator=generator)
-        labels = self.data.labels[index]
-        sigmas = torch.rand(size, generator=generator).clamp_min(1e-3)
-        sigmas[: round(size * self.recipe.noise_share)] = 1.0
-        r_sigmas = None
-        if self.recipe.zero_share:
-            r_sigmas = 0.98 * sigmas * torch.rand(size, generator=generator)
-            r_sigmas[torch.rand(size, generator=generator) < self.recipe.zero_share] = 0.0
+        noise = torch.randn(size, 1, 8, 8, generator=generator)
+        self.labels = torch.where(restart, self.data.labels[index], self.labels)
+        self.sigmas = torch.where(restart, 1.0, self.sigmas)
+        self.x = torch.where(restart.view(-1, 1, 1, 1), noise, self.x)
+        r = (1 - 0.02) * self.sigmas * torch.rand(size, generator=generator)
+        r[torch.rand(size, generator=generator) < self.recipe.zero_share] = 0.0
         return {
-            "r_sigmas": r_sigmas,
             "latents": self.data.images[index],
-            "noise": torch.randn(size, 1, 8, 8, generator=generator),
-            "sigmas": sigmas,
-            "conditioning": conditioning(labels),
-            "negative_conditioning": unconditional(labels),
+            "noise": noise,
+            "noisy_latents": self.x,
+            "sigmas": self.sigmas,
+            "r_sigmas": r,
+            "conditioning": conditioning(self.labels),
+            "negative_conditioning": unconditional(self.labels),
         }
 
     def train_step(self) -> float:
@@ -105,11 +114,22 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.student.train()
-        loss, _ = self.distiller.training_step(self.batch())
+        batch = self.distiller.prepare_batch(self.batch())
+        velocity = self.student(
+            batch["noisy_latents"],
+            timestep=batch["timesteps"],
+            r_timestep=batch["flowmap_r_timesteps"],
+            **batch["conditioning"],
+            return_dict=False,
+        )[0]
+        loss, _ = self.distiller.compute_distill_loss(batch, velocity)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # x_r = x_t - (t - r) u: the target itself says where the teacher's path goes on.
+        self.x = self.x - batch["anyflow_timestep_interval"].view(-1, 1, 1, 1) * batch["target"]
+        self.sigmas = batch["anyflow_r_sigmas"]
         self.step += 1
         decay = min(0.99, self.step / (self.step + 10))
         for kept, parameter in zip(self.average, self.parameters, strict=True):
@@ -126,7 +146,8 @@ class Distillation:
     def save(self, directory: Path) -> None:
         """The student through the distiller, then the optimizer, the average and the data stream; no pickle."""
         self.distiller.on_save_checkpoint(self.step, directory)
-        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        tensors: dict[str, Tensor] = {key: getattr(self, key) for key in PATH_STATE}
+        tensors["generator"] = self.generator.get_state()
         for (name, parameter), kept in zip(self.named, self.average, strict=True):
             tensors[f"average.{name}"] = kept
             for key, value in self.optimizer.state[parameter].items():
@@ -145,6 +166,8 @@ class Distillation:
             return False
         self.step = self.distiller.on_load_checkpoint(directory)
         self.generator.set_state(tensors["generator"])
+        for key in PATH_STATE:
+            setattr(self, key, tensors[key])
         for (name, parameter), kept in zip(self.named, self.average, strict=True):
             kept.copy_(tensors[f"average.{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
