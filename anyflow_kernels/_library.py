@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,16 +107,16 @@ def why_not(backend: str, device_type: str, operator: Operator) -> str | None:
         import triton
     except Exception as error:  # absent, or present and broken: both leave the reference
         return f"triton cannot be imported ({type(error).__name__}: {error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _MINIMUM_TRITON:
-        return f"triton {triton.__version__} is older than 3.5"
+    numbers = re.match(r"(\d+)\.(\d+)", getattr(triton, "__version__", ""))
+    if numbers is None or tuple(map(int, numbers.groups())) < _MINIMUM_TRITON:
+        return f"triton {getattr(triton, '__version__', '(no version)')} is older than 3.5"
     if device_type == "cpu":
         return None if triton.knobs.runtime.interpret else "triton has no CPU backend (only TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return "no GPU"
     if torch.version.hip is not None:
         return "not verified on ROCm"
-    capability = torch.cuda.get_device_capability()
+    capability = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     if capability < _MINIMUM_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None
@@ -133,13 +134,12 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
     reasons = {
-        device_type: why_not(name, device_type, operator)
-        for device_type in DEVICES
+        (operator.name, device_type): why_not(name, device_type, operator)
         for operator in _operators.values()
-        if not operator.name.endswith("_backward")
+        for device_type in DEVICES
     }
     if all(reason is not None for reason in reasons.values()):
-        listed = "; ".join(f"{device_type}: {reason}" for device_type, reason in reasons.items())
+        listed = "; ".join(sorted({f"{device_type}: {reason}" for (_, device_type), reason in reasons.items()}))
         raise RuntimeError(f"backend {name!r} cannot run here ({listed})")
     overlay = torch.library.Library(NAMESPACE, "IMPL")
     with _lock, warnings.catch_warnings():
@@ -204,7 +204,7 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"{name} has no forward-mode derivative. Take a central difference in sigma instead, or call "
-                f"anyflow_kernels.{name}.reference, which is plain PyTorch, under torch.func.jvp."
+                f"the plain PyTorch function of the module anyflow_kernels.{name}.reference under torch.func.jvp."
             )
 
 

@@ -27,6 +27,7 @@ LAYERS = {
         "checkpoints",
         "config",
         "denoiser",
+        "families",
         "objectives",
         "patching",
         "sampling",

@@ -344,7 +344,7 @@ class TestZImage:
         anyflow.patch(model)
         from anyflow.patching.model import begin
 
-        begin(model, sites(model)[0], t, torch.tensor([0.9]))
+        begin(model, sites(model)[0], 1000.0, t, torch.tensor([0.9]))
         flow, constant = embedder(1000 * t), embedder(1000 * torch.ones(1))
         assert torch.equal(constant, stock) and not torch.equal(flow, stock)
         with pytest.raises(RuntimeError, match="called 3 times"):

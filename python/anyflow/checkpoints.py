@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ STUDENT_FILE = "anyflow_student.safetensors"
 FORMAT_VERSION = "1"
 
 
-def save_student(model: Any, directory: str | Path) -> Path:
+def save_student(model: Any, directory: str | Path, *, external_adapter: bool = False) -> Path:
     """Write adapters, delta embedders and what is needed to rebuild them to ``directory``; returns the file.
 
     With an adapter on the model, the file holds the adapter's tensors, trained copies in modules_to_save and the delta
     embedders; a full-rank student is written whole. Names are those of the bare model. The file appears under its name
-    only when it is complete on disk.
+    only when it is complete on disk. ``external_adapter``: the adapter is kept outside of the model (LyCORIS), and only
+    the delta embedders are written.
 
     Raises ValueError when the model is not patched.
     """
@@ -40,15 +43,19 @@ def save_student(model: Any, directory: str | Path) -> Path:
         "deltatime_type": settings.deltatime_type,
         "adapters": json.dumps(_adapter_configs(bare)),
     }
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student_state(bare).items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in student_state(bare, external_adapter).items()
+    }
     return write_atomically(Path(directory) / STUDENT_FILE, save(tensors, metadata))
 
 
-def load_student(model: Any, directory: str | Path) -> None:
+def load_student(model: Any, directory: str | Path, *, external_adapter: bool = False) -> None:
     """Load what ``save_student`` wrote: patches the model and adds its adapters where that has not been done.
 
-    Nothing is loaded unless everything fits. Raises FileNotFoundError; ValueError for a file of another format or
-    family, for a missing or unexpected tensor (all are listed), or for one of another shape.
+    Tensors keep the dtype that they have in the file. Nothing is changed unless everything fits. Raises
+    FileNotFoundError; ValueError for a file of another format or family, for a missing or unexpected tensor (all are
+    listed), or for one of another shape.
     """
     path = Path(directory) / STUDENT_FILE
     tensors, metadata = read(path)
@@ -58,23 +65,38 @@ def load_student(model: Any, directory: str | Path) -> None:
     name = bare._flowmap.spec.class_name if is_patched(bare) else type(bare).__name__  # type: ignore[union-attr]
     if name != metadata["family"]:
         raise ValueError(f"{path} holds a student of {metadata['family']}, the model is a {name}")
-    patch(bare, gate_value=float(metadata["gate_value"]), deltatime_type=metadata["deltatime_type"])
+    # Tried on a copy without storage first: a file that does not fit must leave the model as it was.
+    weights = [*bare.parameters(), *bare.buffers()]
+    skeleton = copy.deepcopy(bare, {id(w): _on_meta(w) for w in weights})
+    _rebuild(skeleton, metadata)
+    _check_keys(path, student_state(skeleton, external_adapter), tensors)
+    _rebuild(bare, metadata)
+    own = student_state(bare, external_adapter)
+    for key, tensor in tensors.items():
+        own[key].data = tensor.to(own[key].device)
+
+
+def _on_meta(weight: Tensor) -> Tensor:
+    empty = torch.empty_like(weight, device="meta")
+    return nn.Parameter(empty, weight.requires_grad) if isinstance(weight, nn.Parameter) else empty
+
+
+def _rebuild(bare: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Patch as the file says and add the adapters that are not there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="deltatime_type='t-r'")  # the embedder is about to be replaced
+        patch(bare, gate_value=float(metadata["gate_value"]), deltatime_type=metadata["deltatime_type"])
     _add_adapters(bare, json.loads(metadata["adapters"]))
-    own = student_state(bare)
-    _check_keys(path, own, tensors)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            own[key].copy_(tensor)
 
 
-def student_state(bare: nn.Module) -> dict[str, Tensor]:
+def student_state(bare: nn.Module, external_adapter: bool = False) -> dict[str, Tensor]:
     """name -> tensor of all that a student owns: adapters, trained copies, delta embedders; everything for a
-    full-rank student."""
+    full-rank student. With ``external_adapter`` the adapter is kept outside of the model (LyCORIS)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     owned = {name for name, _ in delta_parameters(bare)}
-    adapted = False
+    adapted = external_adapter
     for path, module in bare.named_modules():
         if isinstance(module, BaseTunerLayer):
             adapted = True

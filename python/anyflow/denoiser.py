@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import FamilySpec, find_spec
+from .patching import is_patched
 from .patching.unwrap import unwrap
 
 Batch = Mapping[str, Any]
@@ -27,53 +28,57 @@ class Denoiser(Protocol):
         ...
 
 
+def spec_of(bare: Any) -> FamilySpec:
+    """The spec a patched model carries, or that of the class."""
+    return bare._flowmap.spec if is_patched(bare) else find_spec(type(bare).__name__)
+
+
 class DiffusersDenoiser:
-    def __init__(self, module: nn.Module, spec: FamilySpec | None = None, time_scale: float | None = None) -> None:
-        self.module, self.bare = module, unwrap(module)
-        self.spec = spec or find_spec(type(self.bare).__name__)
-        self.time = TimeMap(self.spec, time_scale)
+    def __init__(self, module: nn.Module, spec: FamilySpec) -> None:
+        self.module, self.bare, self.spec = module, unwrap(module), spec
 
     def __call__(self, batch: Batch, x: Tensor, sigma: Tensor, r: Tensor | None, *, negative: bool = False) -> Tensor:
         arguments = dict(batch["negative_conditioning" if negative else "conditioning"] or {})
         arguments[self.spec.sample_arg] = list(x.unsqueeze(2).unbind(0)) if self.spec.sample_layout == "list" else x
-        arguments[self.spec.timestep_arg] = self.time(sigma)
+        arguments[self.spec.timestep_arg] = self.spec.model_time(sigma)
         if r is not None:
-            arguments["r_timestep"] = self.time(r)
-        output = self.module(**arguments, return_dict=False)[0]
-        return torch.stack(list(output)).squeeze(2) if self.spec.sample_layout == "list" else output
+            arguments["r_timestep"] = self.spec.model_time(r)
+        return prediction_of(self.module(**arguments, return_dict=False))
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The prediction [B, ...] in what a model or a trainer returns: a tensor, a dict with ``model_prediction``, a
+    diffusers output, a tuple; a list of [C, 1, H, W] is stacked to [B, C, H, W]."""
+    if isinstance(output, Mapping) and "model_prediction" in output:
+        output = output["model_prediction"]
+    elif hasattr(output, "sample"):
+        output = output.sample
+    elif isinstance(output, tuple):
+        output = output[0]
+    return torch.stack(output).squeeze(2) if isinstance(output, list) else output
 
 
 class TrainerDenoiser:
     """``trainer.model_predict(batch)`` with the latents, sigmas and timesteps of the batch replaced.
 
     r goes in as ``flowmap_r_timesteps``, which the trainer hands to its model as ``r_timestep``; without r the key is
-    absent. ``negative`` lays ``batch["negative_conditioning"]`` over the batch.
+    absent. ``negative`` lays ``batch["negative_conditioning"]`` over the batch. Sigmas keep the shape that they have
+    in the batch.
     """
 
-    def __init__(self, trainer: Any, time_scale: float | None = None) -> None:
-        self.trainer = trainer
-        self.bare = unwrap(trainer.get_trained_component())
-        self.spec = find_spec(type(self.bare).__name__)
-        self.time = TimeMap(self.spec, time_scale)
+    def __init__(self, trainer: Any, bare: nn.Module, spec: FamilySpec) -> None:
+        self.trainer, self.bare, self.spec = trainer, bare, spec
 
     def __call__(self, batch: Batch, x: Tensor, sigma: Tensor, r: Tensor | None, *, negative: bool = False) -> Tensor:
         changed = {key: value for key, value in batch.items() if key != "flowmap_r_timesteps"}
         if negative:
             changed |= batch["negative_conditioning"]
-        changed |= {"noisy_latents": x, "sigmas": sigma, "timesteps": self.time(sigma)}
+        given = batch["sigmas"]
+        changed["sigmas"] = sigma.reshape(given.shape) if given.numel() == sigma.numel() else sigma
+        changed |= {"noisy_latents": x, "timesteps": self.spec.model_time(sigma)}
         if r is not None:
-            changed["flowmap_r_timesteps"] = self.time(r)
-        return self.trainer.model_predict(changed)["model_prediction"]
-
-
-class TimeMap:
-    """sigma -> the model's time argument: the family's map, or ``scale`` * sigma when the configuration says so."""
-
-    def __init__(self, spec: FamilySpec, scale: float | None = None) -> None:
-        self.spec, self.scale = spec, scale
-
-    def __call__(self, sigma: Tensor) -> Tensor:
-        return self.spec.model_time(sigma) if self.scale is None else self.scale * sigma
+            changed["flowmap_r_timesteps"] = self.spec.model_time(r)
+        return prediction_of(self.trainer.model_predict(changed))
 
 
 class TimeLayout:

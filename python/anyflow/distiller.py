@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .adapters import has_adapter, teacher_mode
-from .checkpoints import load_student, read, save_student, write_atomically
+from .checkpoints import load_student, read, save_student, student_state, write_atomically
 from .config import AnyFlowConfig
-from .denoiser import Denoiser, DiffusersDenoiser, TimeLayout, TrainerDenoiser
+from .denoiser import Denoiser, DiffusersDenoiser, TimeLayout, TrainerDenoiser, prediction_of, spec_of
+from .families import FamilySpec
 from .objectives import average_velocity, linear_velocity
-from .patching import is_patched, patch, trainable_parameters
+from .patching import delta_parameters, is_patched, patch, trainable_parameters
+from .patching.unwrap import unwrap
 from .sampling import AnyStepScheduler
 from .time import at_least_float32, sample_r
 
@@ -54,42 +57,38 @@ class AnyFlowDistiller:
         noise_scheduler: Any = None,
         config: AnyFlowConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        given = {} if config is None else config.to_dict() if isinstance(config, AnyFlowConfig) else dict(config)
+        if isinstance(config, AnyFlowConfig):
+            defaults = AnyFlowConfig().to_dict()
+            given = {key: value for key, value in config.to_dict().items() if value != defaults[key]}
+        else:
+            given = dict(config or {})
         self.config = AnyFlowConfig.from_dict(given)
         self.noise_scheduler = noise_scheduler
         self.trainer = teacher_model if hasattr(teacher_model, "model_predict") else None
         _refuse_other_than_flow(self.trainer, noise_scheduler)
-        scale = self.config.timestep_scale
-        self.teacher: Denoiser = (
-            DiffusersDenoiser(teacher_model, time_scale=scale)
-            if self.trainer is None
-            else TrainerDenoiser(self.trainer, time_scale=scale)
-        )
         self.lycoris = _lycoris_network(self.trainer)
-        if student_model is not None:
-            self.student: Denoiser = DiffusersDenoiser(student_model, time_scale=scale)
-        else:
-            self.student = self.teacher
-        self._patch_student(given)
-        # Full-rank students would be their own teacher.
-        shared = self.student.bare is self.teacher.bare
-        needs_teacher = self.config.target_mode == "online_teacher"
-        if shared and needs_teacher and self.lycoris is None and not has_adapter(self.student.bare):
-            raise ValueError(
-                f"this {type(self.student.bare).__name__} has no adapter to switch off, so it cannot be its own "
-                "teacher: add a LoRA before making the distiller, or pass a separate student_model"
-            )
-        self.trainable_parameters()
-        if needs_teacher and self.config.teacher_rollout_steps == 1:
+        teacher = teacher_model if self.trainer is None else self.trainer.get_trained_component()
+        student = teacher if student_model is None else student_model
+        self._patch_student(unwrap(student), given)
+        spec = self._spec(unwrap(teacher))
+        self.teacher: Denoiser = (
+            DiffusersDenoiser(teacher, spec)
+            if self.trainer is None
+            else TrainerDenoiser(self.trainer, unwrap(teacher), spec)
+        )
+        self.student: Denoiser = (
+            self.teacher if student_model is None else DiffusersDenoiser(student, self._spec(unwrap(student)))
+        )
+        self._check_student(student)
+        if self.config.target_mode == "online_teacher" and self.config.teacher_rollout_steps == 1:
             warnings.warn(
                 "teacher_rollout_steps=1: one Euler step makes the target the teacher's own velocity, whatever r is; "
                 "use 4 or more",
                 stacklevel=2,
             )
-        self._generator: torch.Generator | None = None
+        self._draws = 0
 
-    def _patch_student(self, given: Mapping[str, Any]) -> None:
-        bare: Any = self.student.bare
+    def _patch_student(self, bare: Any, given: Mapping[str, Any]) -> None:
         conditioning = {key: getattr(self.config, key) for key in ("gate_value", "deltatime_type")}
         if is_patched(bare):
             settings = bare._flowmap
@@ -97,10 +96,57 @@ class AnyFlowDistiller:
             conditioning = {key: conditioning[key] if key in given else value for key, value in current.items()}
             self.config = AnyFlowConfig.from_dict({**self.config.to_dict(), **conditioning})
         patch(bare, **conditioning)
+        bare._flowmap.spec = self._spec(bare)  # so that sampling and every forward go by timestep_scale as well
+
+    def _spec(self, bare: nn.Module) -> FamilySpec:
+        spec, scale = spec_of(bare), self.config.timestep_scale
+        if scale is None or scale == spec.time_scale:
+            return spec
+        if spec.time_offset:
+            raise ValueError(
+                f"timestep_scale={scale}: the time argument of {spec.class_name} is {spec.time_scale} * sigma + "
+                f"{spec.time_offset}; a scale alone cannot replace that"
+            )
+        return dataclasses.replace(spec, time_scale=scale)
+
+    def _check_student(self, student: nn.Module) -> None:
+        """Whatever would train wrongly without a word is refused here."""
+        bare = self.student.bare
+        adapted = self.lycoris is not None or has_adapter(bare)
+        if bare is self.teacher.bare and not adapted and self.config.target_mode == "online_teacher":
+            raise ValueError(
+                f"this {type(bare).__name__} has no adapter to switch off, so it cannot be its own teacher: add a LoRA "
+                "before making the distiller, or pass a separate student_model"
+            )
+        frozen = {name for name, parameter in delta_parameters(bare) if not parameter.requires_grad}
+        trained = {name for name, _ in trainable_parameters(bare)}
+        parallel = unwrap(student, until="DistributedDataParallel")
+        if parallel is not bare:
+            built_with = {id(p) for p in getattr(parallel, "_module_parameters", bare.parameters())}
+            late = sorted(
+                n for n, p in delta_parameters(bare) if n in trained and (n in frozen or id(p) not in built_with)
+            )
+            if late:
+                raise ValueError(
+                    f"DDP was built before {late[0]} was trainable and would never reduce its gradient. Patch, add the "
+                    "adapter, call anyflow.trainable_parameters(model) or make the distiller, and wrap in DDP last."
+                )
+        if has_adapter(bare):
+            lost = sorted(trained - student_state(bare).keys())
+            if lost:
+                raise ValueError(
+                    f"{lost[0]} and {len(lost) - 1} more weights of the base model would train beside the adapter: the "
+                    "teacher would drift with them, and no adapter file holds them. Freeze them: requires_grad_(False)."
+                )
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of the student: adapters or full weights, and the delta embedders. For the optimizer."""
-        return trainable_parameters(self.student.bare)
+        if self.lycoris is None:
+            return trainable_parameters(self.student.bare)
+        for _, parameter in delta_parameters(self.student.bare):
+            parameter.requires_grad_(True)
+        network = [(f"lycoris.{name}", parameter) for name, parameter in self.lycoris.named_parameters()]
+        return [*network, *delta_parameters(self.student.bare)]
 
     def prepare_batch(
         self, batch: Mapping[str, Any], model: nn.Module | None = None, state: Mapping[str, Any] | None = None
@@ -112,7 +158,8 @@ class AnyFlowDistiller:
         (else computed), ``r_sigmas`` (else drawn), ``conditioning`` (keyword arguments of a bare model's forward), and
         ``negative_conditioning`` (the complete unconditional ones; for a trainer's object, what replaces the batch's
         own prompt keys), which a guided teacher needs.
-        ``model``: the trainer's own wrapper of the network, if it is to be the one that is called.
+        ``model``: the trainer's own wrapper of the network (DDP, compiled), if that is to be the one called; a
+        trainer's object calls its own.
 
         Adds ``flowmap_r_timesteps`` (pass it as ``r_timestep``) and ``timesteps``, in the model's units, float32;
         ``target``, the average velocity in the model's own sign, float32, and the same object as ``flow_target``;
@@ -130,10 +177,10 @@ class AnyFlowDistiller:
         if noise.shape != latents.shape:
             raise ValueError(f"noise has shape {list(noise.shape)}, latents {list(latents.shape)}")
         layout = TimeLayout(self.student.spec, self.student.bare, latents)
+        self.student.bare._flowmap_schedule = None  # type: ignore[assignment]  # an interrupted sampler's
         sigma = layout.for_model(at_least_float32(batch["sigmas"]))
-        generator = self._generator_on(sigma.device)
         if batch.get("r_sigmas") is None:
-            r = sample_r(sigma, self.config.r_timestep_sampler, self.config.min_interval_ratio, generator)
+            r = sample_r(sigma, self.config.r_timestep_sampler, self.config.min_interval_ratio, self._next_generator())
         else:
             r = layout.for_model(at_least_float32(batch["r_sigmas"]))
         _check_devices({"latents": latents, "noise": noise, "sigmas": sigma, "r_sigmas": r})
@@ -144,8 +191,9 @@ class AnyFlowDistiller:
             s = layout.for_latents(sigma)
             prepared["noisy_latents"] = ((1 - s) * latents + s * noise).to(latents.dtype)
         target = self._target(prepared, layout, sigma, r, model)
-        time = self.student.time  # type: ignore[attr-defined]
+        time = self.student.spec.model_time
         r_time = time(r)
+        self.student.bare._flowmap_saw_r = False  # type: ignore[assignment]
         prepared.update(
             timesteps=time(sigma),
             target=target,
@@ -169,9 +217,7 @@ class AnyFlowDistiller:
         guidance = self.config.teacher_guidance_scale
         if guidance != 1.0 and batch.get("negative_conditioning") is None:
             raise ValueError(f"teacher_guidance_scale={guidance} needs negative_conditioning in the batch")
-        teacher = self.teacher
-        if model is not None and isinstance(teacher, DiffusersDenoiser) and self.student is teacher:
-            teacher = DiffusersDenoiser(model, teacher.spec, self.config.timestep_scale)
+        teacher = self._called_as(model) if self.student is self.teacher else self.teacher
         to_flow = getattr(self.trainer, "prediction_to_noiseward_flow", None)
 
         def velocity(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -196,6 +242,14 @@ class AnyFlowDistiller:
             )
         return self._to_prediction(average)
 
+    def _called_as(self, model: nn.Module | None) -> Denoiser:
+        """The student, through the trainer's wrapper ``model`` of it."""
+        if model is None or self.trainer is not None:
+            return self.student
+        if unwrap(model) is not self.student.bare:
+            raise ValueError(f"model is another {type(unwrap(model)).__name__} than the one that is distilled")
+        return DiffusersDenoiser(model, self.student.spec)
+
     def _to_prediction(self, flow: Tensor) -> Tensor:
         """From noiseward to what the student predicts."""
         convert = getattr(self.trainer, "noiseward_flow_to_prediction", None)
@@ -213,9 +267,14 @@ class AnyFlowDistiller:
         Logs, detached 0-d tensors: ``anyflow_loss``, and the means of sigma_t, sigma_r and their difference as
         ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``.
 
-        Raises ValueError when the prediction has another shape than the target.
+        Raises ValueError when the prediction has another shape than the target; RuntimeError when a trainer's model has
+        not been given ``flowmap_r_timesteps`` since ``prepare_batch``, so that r would never be learned.
         """
-        prediction = _prediction(model_output)
+        if self.trainer is not None and not self.student.bare._flowmap_saw_r:
+            raise RuntimeError(
+                "the model was not given r since prepare_batch: pass batch['flowmap_r_timesteps'] to it as r_timestep"
+            )
+        prediction = prediction_of(model_output)
         target = prepared_batch["target"]
         if prediction.shape != target.shape:
             raise ValueError(f"the prediction has shape {list(prediction.shape)}, the target {list(target.shape)}")
@@ -229,11 +288,13 @@ class AnyFlowDistiller:
         }
         return loss, logs
 
-    def training_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Target, student forward and loss; call ``backward`` on the loss."""
-        prepared = self.prepare_batch(batch)
+    def training_step(
+        self, batch: Mapping[str, Any], model: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Target, student forward and loss; call ``backward`` on the loss. ``model``: as in ``prepare_batch``."""
+        prepared = self.prepare_batch(batch, model)
         x = prepared["noisy_latents"].to(_model_dtype(self.student.bare))
-        output = self.student(prepared, x, prepared["anyflow_sigmas"], prepared["anyflow_r_sigmas"])
+        output = self._called_as(model)(prepared, x, prepared["anyflow_sigmas"], prepared["anyflow_r_sigmas"])
         return self.compute_distill_loss(prepared, output)
 
     def get_scheduler(self, scheduler: Any = None) -> AnyStepScheduler:
@@ -250,28 +311,34 @@ class AnyFlowDistiller:
         return AnyStepScheduler.like(source, [self.student.bare])
 
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
-        """Write the student and the state of the random stream to ``directory``."""
-        save_student(self.student.bare, directory)
-        state = self._generator_on(torch.device("cpu")).get_state()
-        metadata = {"format": "anyflow_distiller", "step": str(step)}
-        write_atomically(Path(directory) / STATE_FILE, save({"generator": state}, metadata))
+        """Write the student and the position in the random stream to ``directory``. One rank is enough to call it."""
+        save_student(self.student.bare, directory, external_adapter=self.lycoris is not None)
+        network = {} if self.lycoris is None else self.lycoris.state_dict()
+        tensors = {f"lycoris.{name}": tensor.detach().cpu().contiguous() for name, tensor in network.items()}
+        metadata = {"format": "anyflow_distiller", "step": str(step), "draws": str(self._draws)}
+        write_atomically(Path(directory) / STATE_FILE, save(tensors, metadata))
 
     def on_load_checkpoint(self, directory: str | Path) -> int:
-        """Restore what ``on_save_checkpoint`` wrote; returns its step."""
-        tensors, metadata = read(Path(directory) / STATE_FILE)
+        """Restore what ``on_save_checkpoint`` wrote, on every rank; returns its step."""
+        path = Path(directory) / STATE_FILE
+        tensors, metadata = read(path)
         if metadata.get("format") != "anyflow_distiller":
-            raise ValueError(f"{Path(directory) / STATE_FILE} is not the state of a distiller: {metadata}")
-        load_student(self.student.bare, directory)
-        self._generator_on(torch.device("cpu")).set_state(tensors["generator"])
+            raise ValueError(f"{path} is not the state of a distiller: {metadata}")
+        load_student(self.student.bare, directory, external_adapter=self.lycoris is not None)
+        if self.lycoris is not None:
+            self.lycoris.load_state_dict({name.removeprefix("lycoris."): t for name, t in tensors.items()})
+        self._draws = int(metadata["draws"])
         return int(metadata["step"])
 
-    def _generator_on(self, device: torch.device) -> torch.Generator:
-        """The private stream of r, one for each rank: on the CPU, so that a run does not depend on the device."""
-        if self._generator is None:
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if distributed else 0
-            self._generator = torch.Generator().manual_seed(self.config.seed + 1_000_003 * rank)
-        return self._generator
+    def _next_generator(self) -> torch.Generator:
+        """The private stream of r. Each draw has its own generator, seeded by (seed, rank, draw): the count of draws,
+        which is equal on all ranks, is the whole state. On the CPU, so that a run does not depend on the device."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        # Odd 64-bit constants keep neighbouring seeds, ranks and draws apart.
+        mixed = self.config.seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + self._draws * 0x94D049BB133111EB
+        self._draws += 1
+        return torch.Generator().manual_seed(mixed % 2**63)
 
 
 def _refuse_other_than_flow(trainer: Any, noise_scheduler: Any) -> None:
@@ -301,14 +368,6 @@ def _model_dtype(bare: Any) -> torch.dtype:
     """The dtype in which the model takes latents."""
     dtype = getattr(bare, "dtype", torch.float32)
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
-
-
-def _prediction(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and "model_prediction" in output:
-        return output["model_prediction"]
-    if hasattr(output, "sample"):
-        return output.sample
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _check_devices(tensors: Mapping[str, Tensor]) -> None:

@@ -13,12 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from torch import Tensor, nn
 
 from .patching import is_patched
 from .patching.unwrap import denoisers
 
+FLOW_SCHEDULERS = (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FlowMapEulerDiscreteScheduler,
+)
 _SHARED_KEYS = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 
 
@@ -42,7 +53,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         """A scheduler with the shift of ``scheduler``: flow-matching Euler, Heun or flow map, or a multistep solver
         with flow sigmas (UniPC, DPM++). Raises ValueError for one that is not flow-matching."""
         config = dict(scheduler.config)
-        if type(scheduler).__name__.startswith("FlowM"):
+        if isinstance(scheduler, FLOW_SCHEDULERS):
             # Where shift is a property it can have been set since construction.
             settable = isinstance(getattr(type(scheduler), "shift", None), property)
             shift = scheduler.shift if settable else config.get("shift", 1.0)
@@ -67,6 +78,10 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: flow models take x as it is."""
         return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_sigma = (1 - sigma) x0 + sigma noise, under the name that image-to-image pipelines of SDXL use."""
+        return self.scale_noise(original_samples, timesteps, noise)
 
     def set_timesteps(
         self,
@@ -107,18 +122,28 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
     def r_timestep_for(self, timestep: Any) -> Tensor:
         """The next endpoint after ``timestep``, both in 1000 sigma, float32, in the shape of ``timestep``.
 
-        A timestep that went through int64 or bfloat16 finds its place again. Raises ValueError for one that is not on
-        the schedule, RuntimeError before ``set_timesteps``.
+        A timestep that went through int64 or bfloat16 finds its place again; on a grid so dense that rounding reaches a
+        neighbour, it is taken for the step that is due. Raises ValueError for one that is not on the schedule or cannot
+        be told from its neighbours, RuntimeError before ``set_timesteps``.
         """
         if self.num_inference_steps is None:
             raise RuntimeError("r_timestep_for needs a schedule: call set_timesteps first")
         t = torch.as_tensor(timestep, dtype=torch.float32)
-        grid = self.timesteps.to(t.device)
-        distance, index = (t.reshape(-1, 1) - grid).abs().min(dim=1)
+        distance = (t.reshape(-1, 1) - self.timesteps.to(t.device)).abs()
         # bfloat16 is off by at most 2 above 512, truncation to int64 by less than 1.
-        off = distance > 2.0
-        if bool(off.any()):
-            raise ValueError(f"timestep {t.reshape(-1)[off][0].item()} is not on the schedule {grid.tolist()}")
+        near = distance <= 2.0
+        if not bool(near.any(1).all()):
+            value = t.reshape(-1)[~near.any(1)][0].item()
+            raise ValueError(f"timestep {value} is not on the schedule {self.timesteps.tolist()}")
+        index = distance.argmin(1)
+        doubtful = (near.sum(1) > 1) & (distance.min(1).values > 1e-3)
+        if bool(doubtful.any()):
+            # Rounding may have moved it past a neighbour: only the step that is being taken can tell.
+            current = self._announced
+            if current is None or not bool(near[doubtful, current].all()):
+                value = t.reshape(-1)[doubtful][0].item()
+                raise ValueError(f"timestep {value} has been rounded between several steps of the schedule")
+            index = torch.where(doubtful, current, index)
         ends = self.sigmas.to(t.device)[1:] * self.config.num_train_timesteps
         return ends[index].reshape(t.shape)
 

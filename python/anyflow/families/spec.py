@@ -13,14 +13,15 @@ class EmbedderSite:
     ``embedder``: path of the module. Its clone becomes the sibling ``delta_embedder``.
     ``sinusoid``: path of the module that turns times [M] into features [M, C]; None when the embedder takes the times
         themselves.
-    ``pre_scale``: the factor that the model's forward applies to its time argument before the sinusoid.
+    ``pre_scale``: the factor that the model's forward applies to its time argument before the sinusoid, or the key of
+        the model's config that holds it.
     ``calls``: what the calls of one forward embed, in order: "flow" = the time argument, "constant" = a fixed time of
         clean or reference rows, for which r = t.
     """
 
     embedder: str
     sinusoid: str | None
-    pre_scale: float = 1.0
+    pre_scale: float | str = 1.0
     calls: tuple[Literal["flow", "constant"], ...] = ("flow",)
 
     @property

@@ -30,7 +30,7 @@ SPECS = (
         sample_arg="x",
         sample_layout="list",
         # With several images (omni) the embedder is called again for the clean ones, at the fixed time 1.
-        sites=(EmbedderSite("t_embedder", None, pre_scale=1000.0, calls=("flow", "constant")),),
+        sites=(EmbedderSite("t_embedder", None, pre_scale="t_scale", calls=("flow", "constant")),),
     ),
     FamilySpec(
         class_name="UNet2DConditionModel",

@@ -60,9 +60,9 @@ class FlowMapEmbedder(Swapped):
                     tau = tau.reshape(sample.shape)
                 return _blend(base, delta, sample, tau, call)
             if call.sinusoid is None:
-                t, r = _rows(call, sample.shape)
+                t, r = _rows(call, sample.shape, sample.device)
                 return _blend(base, delta, t * call.pre_scale, _delta_time(t, r, call) * call.pre_scale, call)
-            t, r = _rows(call, sample.shape[:-1])
+            t, r = _rows(call, sample.shape[:-1], sample.device)
             if not args and not kwargs and _fusable(self, stock, sample, call):
                 return _fused(self, t, r, call)
             features = _features(t, call).to(sample.dtype)
@@ -71,9 +71,9 @@ class FlowMapEmbedder(Swapped):
         return {"forward": forward}
 
 
-def _rows(call: FlowMapCall, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _rows(call: FlowMapCall, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """t and r laid out as the rows that the stock embedder was given: equal in number, or one for all."""
-    t, r = call.t, call.r
+    t, r = call.t.to(device), call.r.to(device)
     if t.numel() == shape.numel():
         return t.reshape(shape), r.reshape(shape)
     if t.numel() == 1:
@@ -102,7 +102,7 @@ def _blend(
     else:
         tau = tau.to(x.dtype)
     embedding = base(x)
-    return gate_blend(embedding, delta(tau), call.gate)
+    return gate_blend(embedding, delta(tau), call.gate.to(embedding.device))
 
 
 def _fused(embedder: Any, t: Tensor, r: Tensor, call: FlowMapCall) -> Tensor:
@@ -112,7 +112,7 @@ def _fused(embedder: Any, t: Tensor, r: Tensor, call: FlowMapCall) -> Tensor:
         r,
         _weights(embedder),
         _weights(call.delta),
-        call.gate,
+        call.gate.to(t.device),
         num_channels=sinusoid.num_channels,
         flip_sin_to_cos=sinusoid.flip_sin_to_cos,
         downscale_freq_shift=sinusoid.downscale_freq_shift,
@@ -141,6 +141,7 @@ def _fusable(embedder: nn.Module, stock: type[nn.Module], sample: Tensor, call: 
         and not torch.is_autocast_enabled(sample.device.type)
         and _is_plain_mlp(embedder, sample)
         and _is_plain_mlp(call.delta, sample)
+        and not _is_watched(call.delta)
         and embedder.get_submodule("linear_1").weight.dtype == sample.dtype
     )
 
@@ -159,16 +160,11 @@ def _is_plain_mlp(embedder: Any, sample: Tensor) -> bool:
             or weight.device != sample.device
         ):
             return False
-    return not _is_watched(embedder, forward_only=isinstance(embedder, FlowMapEmbedder))
+    return True
 
 
-def _is_watched(module: nn.Module, forward_only: bool = False) -> bool:
-    """Hooks of a layer, or a forward replaced on the instance, would be skipped by reading its weights.
-
-    The hooks of the flow-map embedder itself have fired already; only a replaced forward matters there.
-    """
-    if "forward" in module.__dict__ and not forward_only:
-        return True
-    return not forward_only and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _is_watched(layer: nn.Module) -> bool:
+    """Hooks of a layer, or a forward replaced on the instance, would be skipped by reading its weights."""
+    return "forward" in layer.__dict__ or bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )

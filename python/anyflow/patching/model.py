@@ -19,12 +19,13 @@ DELTATIME_TYPES = ("r", "t-r")
 
 @dataclass
 class FlowMapSettings:
-    """What a patched model carries: ``gate_value`` is the truth from which the gate tensor is made again when it has
-    been on the meta device; ``keep_in_fp32`` remembers the stock class attribute."""
+    """What a patched model carries. ``gate_value`` is the truth from which the gate tensor is made again on another
+    device, the meta device included; ``pre_scales`` are those of the spec's sites."""
 
     spec: FamilySpec
     gate_value: float
     deltatime_type: str
+    pre_scales: tuple[float, ...]
 
     def op_deltatime_type(self) -> str:
         """(sigma_t - sigma_r) times |time_scale|, also where the model's time runs backwards."""
@@ -44,6 +45,7 @@ class FlowMapModel(Swapped):
     _flowmap_gate: Tensor
     # (sigma_t, sigma_r), one element each, while a sampler drives the model; fills r where a pipeline gives none.
     _flowmap_schedule: tuple[Tensor, Tensor] | None
+    _flowmap_saw_r: bool  # set by every forward that was given r_timestep
 
     def enable_flowmap_time_conditioning(self, gate_value: float = 0.25, deltatime_type: str = "r") -> None:
         """Set the gate and the type of the delta time on the patched model: the hook that trainers call."""
@@ -52,8 +54,14 @@ class FlowMapModel(Swapped):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         # Follow the device, never the dtype: 0.3 does not survive bfloat16.
-        self._flowmap_gate = make_gate(self._flowmap.gate_value, fn(self._flowmap_gate).device)
+        device = fn(self._flowmap_gate).device
+        if device != self._flowmap_gate.device:
+            self._flowmap_gate = make_gate(self._flowmap.gate_value, device)
         return result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        rebuild, arguments, state, *rest = super().__reduce_ex__(protocol)
+        return (rebuild, arguments, {**state, "_flowmap_schedule": None}, *rest)  # a copy is driven by no sampler
 
     @staticmethod
     def _namespace(stock: type[nn.Module]) -> dict[str, Any]:
@@ -61,7 +69,9 @@ class FlowMapModel(Swapped):
         names = list(signature.parameters)
 
         def forward(self: Any, *args: Any, r_timestep: Any = None, **kwargs: Any) -> Any:
-            if r_timestep is None and self._flowmap_schedule is None:
+            # Samplers run without gradient; a schedule left behind by an interrupted one must not reach training.
+            scheduled = self._flowmap_schedule is not None and not torch.is_grad_enabled()
+            if r_timestep is None and not scheduled:
                 return stock.forward(self, *args, **kwargs)
             settings: FlowMapSettings = self._flowmap
             position = names.index(settings.spec.timestep_arg) - 1
@@ -70,10 +80,11 @@ class FlowMapModel(Swapped):
                 t, r = scheduled_times(timestep, self._flowmap_schedule, settings.spec)
             else:
                 t, r = explicit_times(timestep, r_timestep)
+                self._flowmap_saw_r = True
             embedders = []
             try:
-                for site in settings.spec.sites:
-                    found = begin(self, site, t, r)
+                for site, pre_scale in zip(settings.spec.sites, settings.pre_scales, strict=True):
+                    found = begin(self, site, pre_scale, t, r)
                     embedders.append(found)
                 output = stock.forward(self, *args, **kwargs)
                 for site, found in zip(settings.spec.sites, embedders, strict=True):
@@ -91,7 +102,8 @@ class FlowMapModel(Swapped):
 
 
 def make_gate(gate_value: float, device: torch.device) -> Tensor:
-    return torch.tensor(gate_value, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # it takes part in training, wherever the model was moved
+        return torch.tensor(gate_value, dtype=torch.float32, device=device)
 
 
 def set_conditioning(model: Any, gate_value: float, deltatime_type: str) -> None:
@@ -114,18 +126,17 @@ def _with_r_timestep(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=[*parameters[:at], r, *parameters[at:]])
 
 
-def begin(model: Any, site: EmbedderSite, t: Tensor, r: Tensor) -> list[Any]:
+def begin(model: Any, site: EmbedderSite, pre_scale: float, t: Tensor, r: Tensor) -> list[Any]:
     """Hand (t, r) to the embedder of a site, and to its copies if peft keeps some in modules_to_save."""
     embedders: list[Any] = list(embedders_at(model, site))
-    gate = model._flowmap_gate
     call = FlowMapCall(
         t=t,
         r=r,
-        gate=gate if gate.device == t.device else gate.to(t.device),
+        gate=model._flowmap_gate,
         deltatime_type=model._flowmap.op_deltatime_type(),
         delta=model.get_submodule(site.delta),
         sinusoid=None if site.sinusoid is None else model.get_submodule(site.sinusoid),
-        pre_scale=site.pre_scale,
+        pre_scale=pre_scale,
         kinds=site.calls,
     )
     for embedder in embedders:

@@ -67,7 +67,8 @@ def patch(
 
     Only the instance changes: its class, and that of its time embedder, become generated subclasses of the same name;
     no parameter is renamed or moved. Patch before offloading, layerwise casting, quantisation and FSDP; before or after
-    peft, DDP and torch.compile.
+    peft and torch.compile. A model inside DDP can be patched to sample; to train it, patch it before DDP, which reduces
+    only the gradients of the parameters that it was built with.
 
     Raises ValueError for an unknown class (the message shows how to write a spec), a class that has ``r_timestep``
     itself, a gate or type out of range, or a model whose embedder cannot be cloned any more; TypeError when ``model``
@@ -116,8 +117,9 @@ def is_patched(model: Any) -> bool:
 def delta_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the delta embedders; names are relative to the bare model, free of wrapper prefixes.
 
-    peft freezes every parameter that is not an adapter when an adapter is added: ``trainable_parameters`` turns these
-    on again. Raises ValueError when the model is not patched.
+    They are trainable after patching. peft freezes every parameter that is not an adapter when one is added:
+    ``trainable_parameters``, which the distiller calls, turns these on again. Raises ValueError when the model is
+    not patched.
     """
     for bare in denoisers(model):
         for site in _spec(bare).sites:
@@ -185,9 +187,14 @@ def _patch(model: nn.Module, spec: FamilySpec, gate_value: float, deltatime_type
             embedder._flowmap_calls = 0  # type: ignore[assignment]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     swap(model, FlowMapModel)
-    model._flowmap = FlowMapSettings(spec, float(gate_value), deltatime_type)  # type: ignore[assignment]
+    pre_scales = tuple(
+        float(getattr(model.config, site.pre_scale) if isinstance(site.pre_scale, str) else site.pre_scale)
+        for site in spec.sites
+    )
+    model._flowmap = FlowMapSettings(spec, float(gate_value), deltatime_type, pre_scales)  # type: ignore[assignment]
     model._flowmap_gate = make_gate(gate_value, device)
     model._flowmap_schedule = None  # type: ignore[assignment]
+    model._flowmap_saw_r = False  # type: ignore[assignment]
     _follow_fp32_rule(model, spec)
 
 
@@ -216,5 +223,11 @@ def _unpatch(model: nn.Module) -> None:
     for site in spec.sites:
         parent, _, name = site.delta.rpartition(".")
         delattr(model.get_submodule(parent), name)
-    del model._flowmap, model._flowmap_gate, model._flowmap_schedule
-    model.__dict__.pop("_keep_in_fp32_modules", None)
+    kept = model.__dict__.get("_keep_in_fp32_modules")
+    if kept is not None:
+        deltas = [site.delta.rpartition(".")[2] for site in spec.sites]
+        model._keep_in_fp32_modules = [name for name in kept if name not in deltas]  # type: ignore[assignment]
+        if model._keep_in_fp32_modules == (getattr(type(model), "_keep_in_fp32_modules", None) or []):
+            del model.__dict__["_keep_in_fp32_modules"]
+    for name in ("_flowmap", "_flowmap_gate", "_flowmap_schedule", "_flowmap_saw_r"):
+        delattr(model, name)

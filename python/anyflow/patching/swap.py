@@ -26,8 +26,7 @@ class Swapped:
 
 
 def _rebuild(mixin: type[Swapped], stock: type[nn.Module]) -> nn.Module:
-    cls = generate(mixin, stock)
-    return cls.__new__(cls)
+    return object.__new__(generate(mixin, stock))
 
 
 def generate(mixin: type[Swapped], stock: type[nn.Module]) -> type[nn.Module]:
@@ -42,6 +41,8 @@ def generate(mixin: type[Swapped], stock: type[nn.Module]) -> type[nn.Module]:
                 "__qualname__": stock.__qualname__,
                 "__doc__": stock.__doc__,
                 "_flowmap_stock": stock,
+                # Building one anew (type(model).from_config) gives a stock model: only instances are patched.
+                "__new__": lambda cls, *args, **kwargs: stock(*args, **kwargs),
                 **namespace(stock),
             },
         )
@@ -54,6 +55,10 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
 
 def restore(module: nn.Module) -> None:
     """Give the stock class back. Raises ValueError when another wrapper has swapped the class since."""
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"the forward of this {type(module).__name__} is wrapped (by offloading?): remove the hooks first"
+        )
     if type(module) not in _generated.values():
         raise ValueError(
             f"{type(module).__name__} was wrapped after it was patched (for example by fully_shard): undo that first"

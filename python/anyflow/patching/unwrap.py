@@ -23,8 +23,9 @@ def denoisers(target: Any) -> list[nn.Module]:
     return models
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    while True:
+def unwrap(module: nn.Module, until: str | None = None) -> nn.Module:
+    """The bare model; or the wrapper whose class is named ``until``, where there is one on the way."""
+    while type(module).__name__ != until:
         if hasattr(module, "_orig_mod"):  # torch.compile
             module = module._orig_mod  # type: ignore[assignment]
         elif hasattr(module, "get_base_model"):  # peft
@@ -32,4 +33,5 @@ def unwrap(module: nn.Module) -> nn.Module:
         elif type(module).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
             module = module.module  # type: ignore[assignment]
         else:
-            return module
+            break
+    return module
