@@ -128,7 +128,8 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         """
         if self.num_inference_steps is None:
             raise RuntimeError("r_timestep_for needs a schedule: call set_timesteps first")
-        t = torch.as_tensor(timestep, dtype=torch.float32)
+        given = torch.as_tensor(timestep)
+        t = given.to(torch.float32)
         distance = (t.reshape(-1, 1) - self.timesteps.to(t.device)).abs()
         # bfloat16 is off by at most 2 above 512, truncation to int64 by less than 1.
         near = distance <= 2.0
@@ -136,7 +137,9 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
             value = t.reshape(-1)[~near.any(1)][0].item()
             raise ValueError(f"timestep {value} is not on the schedule {self.timesteps.tolist()}")
         index = distance.argmin(1)
-        doubtful = (near.sum(1) > 1) & (distance.min(1).values > 1e-3)
+        doubtful = near.sum(1) > 1
+        if given.dtype in (torch.float32, torch.float64):
+            doubtful &= distance.min(1).values > 1e-3
         if bool(doubtful.any()):
             # Rounding may have moved it past a neighbour: only the step that is being taken can tell.
             current = self._announced

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..checkpoints import save_student, write_atomically
+from ..checkpoints import read, save_student, write_atomically
 from .data import PCASpace, load_digits
 from .distil import Distillation, Recipe
 from .evaluate import (
@@ -22,7 +25,7 @@ from .evaluate import (
     evaluation_inputs,
     figures,
     sample_student,
-    sample_teacher,
+    write_teacher_samples,
 )
 from .plots import plot_quality, plot_samples
 from .teacher import load_teacher
@@ -56,43 +59,41 @@ def run(out: Path, recipe: Recipe, samples: int) -> dict[str, Any]:
         _print_table(finished)
         return finished
     data = load_digits()
-    seconds: dict[str, float] = {}
+    noise, labels = evaluation_inputs(data, samples)
 
+    # The teacher is sampled in a process of its own beside the training: these are small networks, of which one more
+    # process makes better use of the cores than more threads do.
+    teacher_file = out / "teacher_samples.safetensors"
+    sampling = multiprocessing.get_context("spawn").Process(
+        target=write_teacher_samples, args=(teacher_file, recipe.guidance_scale, samples), daemon=True
+    )
+    sampling.start()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
     started = time.perf_counter()
     distillation = Distillation(recipe, data)
     _distil(distillation, out / "checkpoint")
-    parameters = sum(parameter.numel() for parameter in distillation.parameters)
     student = distillation.averaged_student()
     save_student(student, out / "student")
-    seconds["distillation"] = time.perf_counter() - started
-
-    noise, labels = evaluation_inputs(data, samples)
-    space, teacher = PCASpace.of(data.images), load_teacher()
-    progress = tqdm(total=REFERENCE_STEPS + sum(TEACHER_STEPS) + sum(STUDENT_STEPS), desc="evaluation", unit="step")
-
-    def teacher_samples(steps: int) -> torch.Tensor:
-        images = sample_teacher(teacher, noise, labels, steps, recipe.guidance_scale)
-        progress.update(steps)
-        return images
-
-    def student_samples(steps: int) -> torch.Tensor:
-        images = sample_student(student, noise, labels, steps)
-        progress.update(steps)
-        return images
+    seconds = {"distillation": round(time.perf_counter() - started, 1)}
 
     started = time.perf_counter()
-    reference = teacher_samples(REFERENCE_STEPS)
-    teacher_figures, teacher_images = figures(teacher_samples, TEACHER_STEPS, reference, space)
-    student_figures, student_images = figures(student_samples, STUDENT_STEPS, reference, space)
-    progress.close()
-    seconds["evaluation"] = time.perf_counter() - started
+    sampling.join()
+    if sampling.exitcode:
+        raise RuntimeError(f"sampling the teacher ended with exit code {sampling.exitcode}")
+    torch.set_num_threads(threads)
+    teacher_images, _ = read(teacher_file)
+    reference = teacher_images.pop(str(REFERENCE_STEPS))
+    student_images = {str(n): sample_student(student, noise, labels, n) for n in tqdm(STUDENT_STEPS, desc="evaluation")}
+    seconds["evaluation"] = round(time.perf_counter() - started, 1)
 
+    space = PCASpace.of(data.images)
     results = {
-        "teacher": teacher_figures,
-        "student": student_figures,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "trainable_parameters": parameters,
-        "teacher_parameters": sum(parameter.numel() for parameter in teacher.parameters()),
+        "teacher": {str(n): figures(teacher_images[str(n)], reference, space) for n in TEACHER_STEPS},
+        "student": {n: figures(images, reference, space) for n, images in student_images.items()},
+        "seconds": seconds,
+        "trainable_parameters": sum(parameter.numel() for parameter in distillation.parameters),
+        "teacher_parameters": sum(parameter.numel() for parameter in load_teacher().parameters()),
         "reference": {"steps": REFERENCE_STEPS, "fd": space.frechet_distance(reference)},
         "identity": identity,
     }
@@ -127,9 +128,7 @@ def _distil(distillation: Distillation, checkpoint: Path) -> None:
 class _interrupt_after:
     """Holds SIGINT back for the length of the block; calling the value of ``as`` tells whether one came."""
 
-    def __enter__(self) -> Any:
-        import signal
-
+    def __enter__(self) -> Callable[[], bool]:
         self.came = False
         self.previous = signal.signal(signal.SIGINT, self._note)
         return lambda: self.came
@@ -138,8 +137,6 @@ class _interrupt_after:
         self.came = True
 
     def __exit__(self, *_: Any) -> None:
-        import signal
-
         signal.signal(signal.SIGINT, self.previous)
 
 

@@ -22,7 +22,8 @@ from .teacher import load_teacher
 
 TRAINER_FILE = "trainer.safetensors"
 PATH_STATE = ("x", "sigmas", "labels")
-SHORTEST_START = 0.02  # in sigma: below it a path is as good as finished
+FINISHED = 0.02  # in sigma: below it a path has arrived
+LONGEST_R = 0.98  # of t: an interval has a length
 LORA_TARGETS = (
     r".*attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|.*ff(_context)?\.net\.(0\.proj|2)"
@@ -33,17 +34,24 @@ LORA_TARGETS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One distillation. ``noise_share``: the part of each batch that starts from pure noise, t = 1."""
+    """One distillation.
 
-    steps: int = 900
+    Steps alternate: a long one over intervals of any length, from noise for a ``noise_share`` of the rows and down to
+    r = 0 for a ``zero_share`` of them, and a short one over intervals of at most ``short_interval`` in sigma, where the
+    teacher needs fewer Euler steps.
+    """
+
+    steps: int = 1000
     batch_size: int = 64
-    learning_rate: float = 2e-3
-    lora_rank: int = 32
-    rollout_steps: int = 8
-    guidance_scale: float = 2.0
+    learning_rate: float = 4e-3
+    lora_rank: int = 64
+    guidance_scale: float = 1.5
     gate_value: float = 0.25
+    rollout_steps: int = 8
+    short_rollout_steps: int = 4
+    short_interval: float = 0.2
     noise_share: float = 0.5
-    zero_share: float = 0.0
+    zero_share: float = 0.2
     seed: int = 0
 
 
@@ -64,14 +72,16 @@ class Distillation:
     def __init__(self, recipe: Recipe, data: Digits) -> None:
         self.recipe, self.data = recipe, data
         self.student = build_student(recipe)
-        self.distiller = anyflow.AnyFlowDistiller(
-            self.student,
-            config={
-                "target_mode": "online_teacher",
-                "teacher_rollout_steps": recipe.rollout_steps,
-                "teacher_guidance_scale": recipe.guidance_scale,
-                "seed": recipe.seed,
-            },
+        self.distiller, self.short_distiller = (
+            anyflow.AnyFlowDistiller(
+                self.student,
+                config={
+                    "target_mode": "online_teacher",
+                    "teacher_rollout_steps": rollout_steps,
+                    "teacher_guidance_scale": recipe.guidance_scale,
+                },
+            )
+            for rollout_steps in (recipe.rollout_steps, recipe.short_rollout_steps)
         )
         self.named = self.distiller.trainable_parameters()
         self.parameters = [parameter for _, parameter in self.named]
@@ -86,18 +96,21 @@ class Distillation:
         self.sigmas = torch.zeros(recipe.batch_size)
         self.labels = torch.zeros(recipe.batch_size, dtype=torch.long)
 
-    def batch(self) -> dict[str, Any]:
+    def batch(self, short: bool) -> dict[str, Any]:
         """The teacher's own paths: each row goes on from where the last target took it, or starts again from noise."""
         size, generator = self.recipe.batch_size, self.generator
-        restart = torch.rand(size, generator=generator) < self.recipe.noise_share
-        restart |= self.sigmas < SHORTEST_START
-        index = torch.randint(len(self.data.images), (size,), generator=generator)
         noise = torch.randn(size, 1, 8, 8, generator=generator)
+        index = torch.randint(len(self.data.images), (size,), generator=generator)
+        u, v, w = torch.rand(3, size, generator=generator)
+        restart = (self.sigmas < FINISHED) | ((u < self.recipe.noise_share) & (not short))
         self.labels = torch.where(restart, self.data.labels[index], self.labels)
         self.sigmas = torch.where(restart, 1.0, self.sigmas)
         self.x = torch.where(restart.view(-1, 1, 1, 1), noise, self.x)
-        r = (1 - 0.02) * self.sigmas * torch.rand(size, generator=generator)
-        r[torch.rand(size, generator=generator) < self.recipe.zero_share] = 0.0
+        if short:
+            r = (self.sigmas - self.recipe.short_interval * v).clamp_min(0.0)
+            r = torch.minimum(r, LONGEST_R * self.sigmas)
+        else:
+            r = torch.where(w < self.recipe.zero_share, 0.0, LONGEST_R * self.sigmas * v)
         return {
             "latents": self.data.images[index],
             "noise": noise,
@@ -114,7 +127,9 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.student.train()
-        batch = self.distiller.prepare_batch(self.batch())
+        short = self.step % 2 == 1
+        distiller = self.short_distiller if short else self.distiller
+        batch = distiller.prepare_batch(self.batch(short))
         velocity = self.student(
             batch["noisy_latents"],
             timestep=batch["timesteps"],
@@ -122,7 +137,7 @@ class Distillation:
             **batch["conditioning"],
             return_dict=False,
         )[0]
-        loss, _ = self.distiller.compute_distill_loss(batch, velocity)
+        loss, _ = distiller.compute_distill_loss(batch, velocity)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

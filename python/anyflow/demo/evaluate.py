@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import signal
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from ..checkpoints import read, write_atomically
 from ..time import sigma_grid
-from .data import Digits, PCASpace, conditioning, rmse, unconditional
+from .data import Digits, PCASpace, conditioning, load_digits, rmse, unconditional
+from .teacher import load_teacher
 
 SAMPLES = 1000
 REFERENCE_STEPS = 64
 TEACHER_STEPS = (1, 2, 4, 8, 16, 32)
 STUDENT_STEPS = (1, 2, 4, 8, 16)
-
-Figures = dict[str, dict[str, float]]
 
 
 def evaluation_inputs(data: Digits, samples: int = SAMPLES) -> tuple[Tensor, Tensor]:
@@ -50,10 +52,22 @@ def sample_student(student: Any, noise: Tensor, labels: Tensor, steps: int) -> T
     return x
 
 
-def figures(
-    sample: Callable[[int], Tensor], steps: Iterable[int], reference: Tensor, space: PCASpace
-) -> tuple[Figures, dict[str, Tensor]]:
-    """{"steps": {"rmse": to ``reference``, "fd": to the data}} and the samples themselves."""
-    images = {str(n): sample(n) for n in steps}
-    table = {n: {"rmse": rmse(x, reference), "fd": space.frechet_distance(x)} for n, x in images.items()}
-    return table, images
+def write_teacher_samples(path: Path, guidance_scale: float, samples: int) -> None:
+    """The teacher's samples at every number of steps, the reference's included, to ``path``; once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and takes this process with it
+    identity = repr((guidance_scale, samples, TEACHER_STEPS, REFERENCE_STEPS))
+    if path.exists() and read(path)[1].get("identity") == identity:
+        return
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    noise, labels = evaluation_inputs(load_digits(), samples)
+    teacher = load_teacher()
+    images = {
+        str(steps): sample_teacher(teacher, noise, labels, steps, guidance_scale)
+        for steps in (*TEACHER_STEPS, REFERENCE_STEPS)
+    }
+    write_atomically(path, save(images, {"identity": identity}))
+
+
+def figures(images: Tensor, reference: Tensor, space: PCASpace) -> dict[str, float]:
+    """{"rmse": to ``reference``, "fd": to the data}"""
+    return {"rmse": rmse(images, reference), "fd": space.frechet_distance(images)}
