@@ -123,7 +123,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(_library.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(_library, "_failures", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.version, "hip", None)
 
@@ -162,7 +163,8 @@ def test_running_out_of_memory_is_no_failure_of_triton() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_an_old_gpu_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     operator = _fake_operator(lambda x: pytest.fail("Triton ran"))
     assert torch.equal(_library._default_kernel(operator, "cuda")(torch.ones(2)), torch.full((2,), 2.0))
     assert "compute capability 7.5 is below 8.0" in anyflow_kernels.describe()

@@ -43,15 +43,15 @@ class Recipe:
 
     steps: int = 1000
     batch_size: int = 64
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     lora_rank: int = 64
     guidance_scale: float = 1.5
     gate_value: float = 0.25
     rollout_steps: int = 8
     short_rollout_steps: int = 4
     short_interval: float = 0.2
-    noise_share: float = 0.5
-    zero_share: float = 0.2
+    noise_share: float = 0.4
+    zero_share: float = 0.15
     seed: int = 0
 
 
