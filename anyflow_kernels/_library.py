@@ -70,8 +70,13 @@ def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
     if device_type == "cpu":
         return reference
 
+    usable: bool | None = None  # asked at the first call: the answer costs more than a launch
+
     def kernel(*arguments: Any) -> Any:
-        if why_not("triton", device_type, operator) is None:
+        nonlocal usable
+        if usable is None:
+            usable = why_not("triton", device_type, operator) is None
+        if usable and ("triton", device_type) not in _failures:
             try:
                 with torch.cuda.device(_device_of(arguments)):
                     return operator.implementation("triton")(*arguments)
