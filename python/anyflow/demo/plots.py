@@ -11,6 +11,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 TEACHER_COLOUR, STUDENT_COLOUR = "tab:gray", "tab:red"
 
@@ -47,6 +48,8 @@ def plot_quality(path: Path, results: Mapping[str, Any]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(steps := [1, 2, 4, 8, 16, 32], [str(n) for n in steps])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("sampling steps")
         axis.set_title(title, fontsize=9)
         axis.grid(True, which="both", alpha=0.3)
