@@ -8,7 +8,8 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,35 +110,34 @@ def _distil(distillation: Distillation, checkpoint: Path) -> None:
     if distillation.load(checkpoint):
         print(f"continuing from step {distillation.step}")
     total = distillation.recipe.steps
-    progress = tqdm(total=total, initial=distillation.step, desc="distillation", unit="step")
-    try:
+    with (
+        _interrupt_noted() as interrupted,
+        tqdm(total=total, initial=distillation.step, desc="distillation", unit="step") as progress,
+    ):
         while distillation.step < total:
-            # An interrupt inside a step would leave the optimizer between two states: it waits for the step's end.
-            with _interrupt_after() as interrupted:
-                loss = distillation.train_step()
+            loss = distillation.train_step()
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if interrupted() or distillation.step % RESUME_EVERY == 0 or distillation.step == total:
                 distillation.save(checkpoint)
             if interrupted():
                 raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupt_noted() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C inside the block is noted, not raised: amid a step it would leave the optimizer between two states."""
+    came = False
+
+    def note(*_: Any) -> None:
+        nonlocal came
+        came = True
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
     finally:
-        progress.close()
-
-
-class _interrupt_after:
-    """Holds SIGINT back for the length of the block; calling the value of ``as`` tells whether one came."""
-
-    def __enter__(self) -> Callable[[], bool]:
-        self.came = False
-        self.previous = signal.signal(signal.SIGINT, self._note)
-        return lambda: self.came
-
-    def _note(self, *_: Any) -> None:
-        self.came = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        signal.signal(signal.SIGINT, previous)
 
 
 def _finished(out: Path, identity: str) -> dict[str, Any] | None:
