@@ -159,7 +159,7 @@ class AnyFlowDistiller:
         ``negative_conditioning`` (the complete unconditional ones; for a trainer's object, what replaces the batch's
         own prompt keys), which a guided teacher needs.
         ``model``: the trainer's own wrapper of the network (DDP, compiled), if that is to be the one called; a
-        trainer's object calls its own.
+        trainer's object calls its own. ``state``: what trainers pass along; not used.
 
         Adds ``flowmap_r_timesteps`` (pass it as ``r_timestep``) and ``timesteps``, in the model's units, float32;
         ``target``, the average velocity in the model's own sign, float32, and the same object as ``flow_target``;
