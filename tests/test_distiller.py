@@ -291,7 +291,7 @@ class TestTokens:
         assert torch.equal(prepared["noisy_latents"][:, :, 0], batch_for(self.name)["latents"][:, :, 0])
 
     def test_wrong_shape_names_it(self) -> None:
-        with pytest.raises(ValueError, match=r"\[2, 3\] do not fit.*\[2, 2\] \(frames\), \[2, 32\] \(tokens\)"):
+        with pytest.raises(ValueError, match=r"\[2, 3\] do not fit.*\[2, 2\] \(frame\), \[2, 32\] \(token\)"):
             self.distiller().prepare_batch(batch_for(self.name, torch.full((2, 3), 0.5)))
         with pytest.raises(ValueError, match=r"\[3\] do not fit"):
             self.distiller().prepare_batch(batch_for(self.name, torch.full((3,), 0.5)))

@@ -344,7 +344,7 @@ class TestZImage:
         anyflow.patch(model)
         from anyflow.patching.model import begin
 
-        begin(model, sites(model)[0], 1000.0, t, torch.tensor([0.9]))
+        begin(model, model._flowmap.spec.sites[0], "blend", {}, {"t": (t, torch.tensor([0.9]))})
         flow, constant = embedder(1000 * t), embedder(1000 * torch.ones(1))
         assert torch.equal(constant, stock) and not torch.equal(flow, stock)
         with pytest.raises(RuntimeError, match="called 3 times"):
@@ -562,7 +562,7 @@ class TestRefusals:
         anyflow.register_family(spec)
         blind = Blind()
         anyflow.patch(blind)
-        with pytest.raises(RuntimeError, match="embed was not called"):
+        with pytest.raises(RuntimeError, match="embed was not called with it"):
             blind(torch.zeros(1, 4), torch.ones(1), r_timestep=torch.zeros(1))
 
     def test_native_second_time(self) -> None:

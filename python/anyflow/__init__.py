@@ -1,6 +1,7 @@
 """Any-step flow maps from the flow-matching models of diffusers."""
 
-from .checkpoints import load_student, save_student
+from .adapters import lora_targets
+from .checkpoints import convert, export_lora, export_pipeline, load_student, save_student
 from .config import AnyFlowConfig
 from .distiller import AnyFlowDistiller
 from .families import EmbedderSite, FamilySpec, families, register_family
@@ -15,10 +16,14 @@ __all__ = [
     "FamilySpec",
     "FlowMapPatch",
     "any_step",
+    "convert",
     "delta_parameters",
+    "export_lora",
+    "export_pipeline",
     "families",
     "is_patched",
     "load_student",
+    "lora_targets",
     "patch",
     "register_family",
     "save_student",

@@ -1,7 +1,11 @@
-"""Calling a denoiser: the one place where sigma becomes the model's own time, and layouts are converted.
+"""Calling a denoiser: the one place where sigma becomes the model's own time.
 
 A ``Denoiser`` predicts in the model's own sign from latents and sigma. Two kinds: a bare diffusers model, whose
 conditioning stands in the batch under ``conditioning``, and a trainer's object with ``model_predict``.
+
+Of a bare model's conditioning, two kinds of keys are not passed as they are. Under the name of the latents stand the
+channels that the family's pipeline sets beside them (the image of image-to-video). Under the names of packed times, and
+of further time arguments (``audio_timestep``), stands 1 for each entry that is at the sample's sigma, 0 for a clean one.
 """
 
 from __future__ import annotations
@@ -9,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from .families import FamilySpec, find_spec
+from .families.resolve import resolve
+from .layout import latents_for, prediction_of, velocity_part
 from .patching import is_patched
+from .patching.times import second_time
 from .patching.unwrap import unwrap
 
 Batch = Mapping[str, Any]
@@ -30,7 +36,7 @@ class Denoiser(Protocol):
 
 def spec_of(bare: Any) -> FamilySpec:
     """The spec a patched model carries, or that of the class."""
-    return bare._flowmap.spec if is_patched(bare) else find_spec(type(bare).__name__)
+    return bare._flowmap.spec if is_patched(bare) else resolve(find_spec(type(bare).__name__), bare)
 
 
 class DiffusersDenoiser:
@@ -38,24 +44,31 @@ class DiffusersDenoiser:
         self.module, self.bare, self.spec = module, unwrap(module), spec
 
     def __call__(self, batch: Batch, x: Tensor, sigma: Tensor, r: Tensor | None, *, negative: bool = False) -> Tensor:
+        spec = self.spec
         arguments = dict(batch["negative_conditioning" if negative else "conditioning"] or {})
-        arguments[self.spec.sample_arg] = list(x.unsqueeze(2).unbind(0)) if self.spec.sample_layout == "list" else x
-        arguments[self.spec.timestep_arg] = self.spec.model_time(sigma)
-        if r is not None:
-            arguments["r_timestep"] = self.spec.model_time(r)
-        return prediction_of(self.module(**arguments, return_dict=False))
+        times = {arg: arguments.pop(arg, None) for arg in spec.time_args}
+        if spec.times == "packed" and times[spec.timestep_arg] is None:
+            raise ValueError(
+                f"the conditioning of {spec.class_name} needs {spec.timestep_arg}: for each entry of its packed times "
+                "1, or 0 where it stays clean"
+            )
+        arguments[spec.sample_arg] = latents_for(spec, x, beside=arguments.get(spec.sample_arg))
+        for arg, levels in times.items():
+            if arg == spec.timestep_arg or levels is not None:
+                arguments[arg] = spec.model_time(_at_levels(sigma, levels))
+                if r is not None:
+                    arguments[second_time(spec, arg)] = spec.model_time(_at_levels(r, levels))
+        if r is None and spec.native is not None and spec.native.required:  # the instantaneous velocity
+            arguments[spec.native.arg] = arguments[spec.timestep_arg]
+        return velocity_part(spec, prediction_of(self.module(**arguments, return_dict=False), spec), x)
 
 
-def prediction_of(output: Any) -> Tensor:
-    """The prediction [B, ...] in what a model or a trainer returns: a tensor, a dict with ``model_prediction``, a
-    diffusers output, a tuple; a list of [C, 1, H, W] is stacked to [B, C, H, W]."""
-    if isinstance(output, Mapping) and "model_prediction" in output:
-        output = output["model_prediction"]
-    elif hasattr(output, "sample"):
-        output = output.sample
-    elif isinstance(output, tuple):
-        output = output[0]
-    return torch.stack(output).squeeze(2) if isinstance(output, list) else output
+def _at_levels(sigma: Tensor, levels: Tensor | None) -> Tensor:
+    """The sample's sigma (of several, the highest) where ``levels`` is 1."""
+    if levels is None:
+        return sigma
+    highest = sigma.flatten(1).amax(1) if sigma.ndim > 1 else sigma
+    return highest.reshape(-1, *(1,) * (levels.ndim - 1)) * levels
 
 
 class TrainerDenoiser:
@@ -78,49 +91,4 @@ class TrainerDenoiser:
         changed |= {"noisy_latents": x, "timesteps": self.spec.model_time(sigma)}
         if r is not None:
             changed["flowmap_r_timesteps"] = self.spec.model_time(r)
-        return prediction_of(self.trainer.model_predict(changed))
-
-
-class TimeLayout:
-    """The shapes in which times come: one per sample, per frame, or per token; laid out for the model and the latents.
-
-    sigma of shape [B] or [B, 1, ..., 1] is one time per sample. Families with ``token_times`` (Wan) also take [B, F],
-    one per latent frame, and [B, S], one per patch, frame by frame, for latents [B, C, F, H, W].
-    """
-
-    def __init__(self, spec: FamilySpec, bare: Any, latents: Tensor) -> None:
-        self.latents_shape = latents.shape
-        self.grid: tuple[int, int, int] | None = None
-        self.patch = (1, 1, 1)
-        if spec.token_times and latents.ndim == 5:
-            self.patch = tuple(bare.config.patch_size)
-            _, _, *space = latents.shape
-            self.grid = tuple(n // p for n, p in zip(space, self.patch, strict=True))  # type: ignore[assignment]
-
-    def for_model(self, sigma: Tensor) -> Tensor:
-        """[B] or [B, S] from any accepted shape. Raises ValueError that names the shape and what is accepted."""
-        batch = self.latents_shape[0]
-        accepted = [f"[{batch}]"]
-        if sigma.shape[:1] == (batch,) and sigma.numel() == batch:
-            return sigma.reshape(batch)
-        if self.grid is not None:
-            frames, height, width = self.grid
-            accepted += [f"[{batch}, {frames}] (frames)", f"[{batch}, {frames * height * width}] (tokens)"]
-            if sigma.shape == (batch, frames):
-                return sigma.repeat_interleave(height * width, dim=1)
-            if sigma.shape == (batch, frames * height * width):
-                return sigma
-        raise ValueError(
-            f"sigmas of shape {list(sigma.shape)} do not fit latents of shape {list(self.latents_shape)}: "
-            f"accepted are {', '.join(accepted)}"
-        )
-
-    def for_latents(self, sigma: Tensor) -> Tensor:
-        """From [B] or [B, S] to a shape that broadcasts to the latents."""
-        if sigma.ndim == 1:
-            return sigma.reshape(-1, *(1,) * (len(self.latents_shape) - 1))
-        assert self.grid is not None
-        tokens = sigma.reshape(sigma.shape[0], 1, *self.grid)
-        for dim, repeats in enumerate(self.patch, start=2):
-            tokens = tokens.repeat_interleave(repeats, dim=dim)
-        return tokens
+        return prediction_of(self.trainer.model_predict(changed), self.spec)

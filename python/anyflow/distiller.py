@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from .adapters import has_adapter, teacher_mode
-from .checkpoints import load_student, read, save_student, student_state, write_atomically
+from .adapters import GradientCheck, check_base, has_adapter, lycoris_layers, random_parameters, teacher_mode
+from .checkpoints import load_student, read, save_student, student_state, write_tensors
 from .config import AnyFlowConfig
-from .denoiser import Denoiser, DiffusersDenoiser, TimeLayout, TrainerDenoiser, prediction_of, spec_of
+from .denoiser import Denoiser, DiffusersDenoiser, TrainerDenoiser, spec_of
 from .families import FamilySpec
+from .layout import TimeLayout, prediction_of, velocity_part
 from .objectives import average_velocity, linear_velocity
 from .patching import delta_parameters, is_patched, patch, trainable_parameters
+from .patching.clone import is_quantised
+from .patching.patch import delta_paths
 from .patching.unwrap import unwrap
 from .sampling import AnyStepScheduler
 from .time import at_least_float32, sample_r
@@ -37,6 +39,7 @@ class AnyFlowDistiller:
     ``noise_scheduler``: the scheduler of the pipeline, for validation (``get_scheduler``) and to refuse models that
         are not flow-matching.
     ``config``: an ``AnyFlowConfig`` or a dict of its keys.
+    ``lycoris``: the LyCORIS network applied to the student, if there is one; by default what a trainer's object has.
 
     A student that is not patched yet is patched; on one that is, the configuration's gate and type are set where given.
     Its delta embedders are made trainable: take the optimizer's parameters from ``trainable_parameters()``.
@@ -56,6 +59,7 @@ class AnyFlowDistiller:
         *,
         noise_scheduler: Any = None,
         config: AnyFlowConfig | Mapping[str, Any] | None = None,
+        lycoris: nn.Module | None = None,
     ) -> None:
         if isinstance(config, AnyFlowConfig):
             defaults = AnyFlowConfig().to_dict()
@@ -66,7 +70,7 @@ class AnyFlowDistiller:
         self.noise_scheduler = noise_scheduler
         self.trainer = teacher_model if hasattr(teacher_model, "model_predict") else None
         _refuse_other_than_flow(self.trainer, noise_scheduler)
-        self.lycoris = _lycoris_network(self.trainer)
+        self.lycoris = _lycoris_network(self.trainer) if lycoris is None else lycoris
         teacher = teacher_model if self.trainer is None else self.trainer.get_trained_component()
         student = teacher if student_model is None else student_model
         self._patch_student(unwrap(student), given)
@@ -87,6 +91,7 @@ class AnyFlowDistiller:
                 stacklevel=2,
             )
         self._draws = 0
+        self._gradients = GradientCheck()
 
     def _patch_student(self, bare: Any, given: Mapping[str, Any]) -> None:
         conditioning = {key: getattr(self.config, key) for key in ("gate_value", "deltatime_type")}
@@ -118,6 +123,11 @@ class AnyFlowDistiller:
                 f"this {type(bare).__name__} has no adapter to switch off, so it cannot be its own teacher: add a LoRA "
                 "before making the distiller, or pass a separate student_model"
             )
+        if bare is self.teacher.bare:
+            check_base(bare)
+        if self.lycoris is None and next(lycoris_layers(bare), None) is not None:
+            raise ValueError("a LyCORIS network is applied to this model: pass it as lycoris=, or it would not train")
+        _check_delta(bare)
         frozen = {name for name, parameter in delta_parameters(bare) if not parameter.requires_grad}
         trained = {name for name, _ in trainable_parameters(bare)}
         parallel = unwrap(student, until="DistributedDataParallel")
@@ -143,10 +153,24 @@ class AnyFlowDistiller:
         """(name, parameter) of the student: adapters or full weights, and the delta embedders. For the optimizer."""
         if self.lycoris is None:
             return trainable_parameters(self.student.bare)
-        for _, parameter in delta_parameters(self.student.bare):
-            parameter.requires_grad_(True)
         network = [(f"lycoris.{name}", parameter) for name, parameter in self.lycoris.named_parameters()]
-        return [*network, *delta_parameters(self.student.bare)]
+        return [*network, *self._delta_beside_lycoris()]
+
+    def _delta_beside_lycoris(self) -> list[tuple[str, nn.Parameter]]:
+        """A delta embedder trains through LyCORIS where that sits on it, as it does with peft, and itself elsewhere."""
+        bare, trained = self.student.bare, []
+        for path in delta_paths(self.student.spec):
+            delta = bare.get_submodule(path)
+            adapted = has_adapter(delta)
+            delta.requires_grad_(not adapted)
+            if not adapted:
+                trained += [(f"{path}.{name}", parameter) for name, parameter in delta.named_parameters()]
+        return trained
+
+    def _always_reached(self) -> list[tuple[str, nn.Parameter]]:
+        """What has a gradient after every backward: not what LyCORIS drops at random."""
+        dropped = random_parameters(self.lycoris)
+        return [(name, parameter) for name, parameter in self.trainable_parameters() if id(parameter) not in dropped]
 
     def prepare_batch(
         self, batch: Mapping[str, Any], model: nn.Module | None = None, state: Mapping[str, Any] | None = None
@@ -168,6 +192,7 @@ class AnyFlowDistiller:
         Raises ValueError that names the missing key or the offending value: NaN sigmas, sigmas outside [0, 1], time 0,
         r >= t, wrong shapes, tensors on several devices.
         """
+        self._gradients.report()
         missing = [key for key in ("latents", "noise", "sigmas") if key not in batch]
         if self.trainer is None and "conditioning" not in batch:
             missing.append("conditioning")
@@ -274,11 +299,12 @@ class AnyFlowDistiller:
             raise RuntimeError(
                 "the model was not given r since prepare_batch: pass batch['flowmap_r_timesteps'] to it as r_timestep"
             )
-        prediction = prediction_of(model_output)
         target = prepared_batch["target"]
+        prediction = velocity_part(self.student.spec, prediction_of(model_output, self.student.spec), target)
         if prediction.shape != target.shape:
             raise ValueError(f"the prediction has shape {list(prediction.shape)}, the target {list(target.shape)}")
         loss = self.config.loss_weight * (at_least_float32(prediction) - target).square().mean()
+        self._gradients.watch(loss, self._always_reached)
         sigma, r = prepared_batch["anyflow_sigmas"], prepared_batch["anyflow_r_sigmas"]
         logs = {
             "anyflow_loss": loss.detach(),
@@ -312,21 +338,20 @@ class AnyFlowDistiller:
 
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
         """Write the student and the position in the random stream to ``directory``. One rank is enough to call it."""
-        save_student(self.student.bare, directory, external_adapter=self.lycoris is not None)
-        network = {} if self.lycoris is None else self.lycoris.state_dict()
-        tensors = {f"lycoris.{name}": tensor.detach().cpu().contiguous() for name, tensor in network.items()}
+        save_student(self.student.bare, directory, lycoris=self.lycoris)
         metadata = {"format": "anyflow_distiller", "step": str(step), "draws": str(self._draws)}
-        write_atomically(Path(directory) / STATE_FILE, save(tensors, metadata))
+        write_tensors({Path(directory) / STATE_FILE: ({}, metadata)})
 
     def on_load_checkpoint(self, directory: str | Path) -> int:
         """Restore what ``on_save_checkpoint`` wrote, on every rank; returns its step."""
         path = Path(directory) / STATE_FILE
-        tensors, metadata = read(path)
+        _, metadata = read(path)
         if metadata.get("format") != "anyflow_distiller":
             raise ValueError(f"{path} is not the state of a distiller: {metadata}")
-        load_student(self.student.bare, directory, external_adapter=self.lycoris is not None)
-        if self.lycoris is not None:
-            self.lycoris.load_state_dict({name.removeprefix("lycoris."): t for name, t in tensors.items()})
+        load_student(self.student.bare, directory, lycoris=self.lycoris)
+        scale: float = self.student.bare._flowmap.spec.time_scale  # type: ignore[union-attr, assignment]
+        if scale != self.student.spec.time_scale:
+            raise ValueError(f"the student was trained with timestep_scale={scale}, not {self.student.spec.time_scale}")
         self._draws = int(metadata["draws"])
         return int(metadata["step"])
 
@@ -362,6 +387,24 @@ def _lycoris_network(trainer: Any) -> Any:
     if network is None:
         raise ValueError("config.lora_type is 'lycoris', but accelerator._lycoris_wrapped_network is missing")
     return network
+
+
+def _check_delta(bare: nn.Module) -> None:
+    """A delta embedder that no optimizer can train."""
+    parameters = list(delta_parameters(bare))
+    if not parameters:
+        raise ValueError(
+            "the delta embedder has no parameters of its own: FSDP has made one flat, frozen parameter of it and its "
+            "neighbours. Wrap with use_orig_params=True, or give the delta embedder a unit of its own."
+        )
+    for path in delta_paths(spec_of(bare)):
+        delta = bare.get_submodule(path)
+        quantised = [name for name, parameter in delta.named_parameters() if is_quantised(parameter)]
+        if quantised and not has_adapter(delta):
+            raise ValueError(
+                f"{path}.{quantised[0]} is quantised and cannot be trained: leave the delta embedder out of "
+                "quantisation, or put a LoRA on it"
+            )
 
 
 def _model_dtype(bare: Any) -> torch.dtype:

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def clone_embedder(embedder: nn.Module, path: str) -> nn.Module:
-    """A trainable plain copy: same dtypes, own storage, no hooks, adapters merged into the copied weights.
+    """A trainable plain copy: own storage, no hooks, adapters merged into the copied weights, quantised linear layers
+    (torchao, bitsandbytes) as plain ones of their dequantised weights; other dtypes as they are.
 
-    Raises ValueError for an embedder that is quantised or whose layers have been hooked by offloading or layerwise
-    casting, with the order to use instead.
+    Raises ValueError, with the order to use instead, for an embedder whose layers LyCORIS, offloading or layerwise
+    casting have hooked, that is sharded, or that is quantised in a way nothing here can take back.
     """
     for name, module in embedder.named_modules():
-        if "forward" in module.__dict__ or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"{path}.{name} is already hooked (offloading or layerwise casting). Patch first, then enable it: "
-                "remove the hooks, call anyflow.patch, and enable them again."
-            )
-    for name, parameter in embedder.named_parameters():
-        if not parameter.is_floating_point() or parameter.element_size() == 1 or type(parameter) is not nn.Parameter:
+        _check_forward(module, f"{path}.{name}" if name else path)
+    clone = copy.deepcopy(embedder)
+    _merge_adapters(clone)
+    _dequantise(clone)
+    for name, parameter in clone.named_parameters():
+        if not _is_plain(parameter):
             raise ValueError(
                 f"{path}.{name} is quantised or sharded ({parameter.dtype}, {type(parameter).__name__}) and cannot be "
                 "cloned into a trainable embedder. Patch first, or keep the time embedder out of quantisation."
             )
-    clone = copy.deepcopy(embedder)
-    _merge_adapters(clone)
     for module in clone.modules():
         for hooks in (
             module._forward_hooks,
@@ -36,6 +34,34 @@ def clone_embedder(embedder: nn.Module, path: str) -> nn.Module:
         ):
             hooks.clear()
     return clone.requires_grad_(True)
+
+
+def is_quantised(parameter: Tensor) -> bool:
+    """Whether a parameter is packed integers, or says that it is float and is not."""
+    return not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao.")
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter is float numbers that an optimizer can move."""
+    return parameter.is_floating_point() and parameter.element_size() > 1 and type(parameter) is nn.Parameter
+
+
+def _check_forward(module: nn.Module, path: str) -> None:
+    """Refuse a forward that was replaced on the instance: a copy of it would run the original's weights."""
+    forward = module.__dict__.get("forward")
+    owner = getattr(forward, "__self__", None)
+    if owner is module and forward.__func__ is type(module).forward:  # type: ignore[union-attr]
+        del module.forward  # its own: what LyCORIS leaves behind when it is taken off
+    elif hasattr(owner, "org_forward"):
+        raise ValueError(
+            f"LyCORIS is applied to {path}. Patch first: call network.restore(), anyflow.patch, and make and apply the "
+            "network again, so that it covers the delta embedder as well."
+        )
+    elif forward is not None or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"{path} is already hooked (offloading or layerwise casting). Patch first, then enable it: remove the "
+            "hooks, call anyflow.patch, and enable them again."
+        )
 
 
 def _merge_adapters(module: nn.Module) -> None:
@@ -49,3 +75,25 @@ def _merge_adapters(module: nn.Module) -> None:
             setattr(module, name, child.get_base_layer())
         else:
             _merge_adapters(child)
+
+
+def _dequantise(module: nn.Module) -> None:
+    """Replace every quantised linear layer in ``module`` by a plain one, where peft knows how to unpack its weight."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    for name, child in list(module.named_children()):
+        if not isinstance(child, nn.Linear):
+            _dequantise(child)
+        elif is_quantised(child.weight):
+            weight = dequantize_module_weight(child)
+            if _is_plain(nn.Parameter(weight.data, requires_grad=False)):
+                setattr(module, name, _plain_linear(child, weight.data))
+
+
+def _plain_linear(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    dtype = weight.dtype if layer.bias is None else layer.bias.dtype  # of the model; some unpack to float32
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.to(dtype).reshape(plain.weight.shape).clone())
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().clone())
+    return plain.train(layer.training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -13,18 +13,27 @@ from anyflow_kernels import EmbedderWeights, flowmap_embedding, gate_blend
 
 from .swap import Swapped
 
+Features = Callable[[Tensor], Tensor]  # times [M] -> [M, ...]
+Embeds = Literal["blend", "t", "r", "t-r"]  # of t and of r, blended; or one alone, for a native second time
+
+
+class CallTimes(NamedTuple):
+    """The times that one call of an embedder embeds, in the units that its sinusoid takes."""
+
+    t: Tensor  # float32
+    r: Tensor  # float32, the shape of t
+    constant_tail: bool  # the rows after these are of fixed times: r = t
+
 
 class FlowMapCall(NamedTuple):
     """What the model hands to one of its embedders for the length of a forward."""
 
-    t: Tensor  # the model's own time argument, float32
-    r: Tensor  # float32, the shape of t
-    gate: Tensor  # float32, 0-d
+    times: tuple[CallTimes | None, ...]  # of each call in turn; None: rows of fixed times, r = t
+    sinusoid: Features | None  # None: the embedder takes times
     deltatime_type: str  # "r", "t-r", or "r-t" for a family whose time runs backwards
-    delta: nn.Module
-    sinusoid: nn.Module | None
-    pre_scale: float
-    kinds: tuple[str, ...]  # what each call embeds: "flow" or "constant"
+    gate: Tensor  # float32, 0-d
+    delta: nn.Module | None  # None unless something is blended in
+    embeds: Embeds
 
 
 class FlowMapEmbedder(Swapped):
@@ -35,89 +44,135 @@ class FlowMapEmbedder(Swapped):
 
     @staticmethod
     def _namespace(stock: type[nn.Module]) -> dict[str, Any]:
-        def forward(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        stock_forward = stock.forward
+
+        def forward(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             call: FlowMapCall | None = self._flowmap_call
             if call is None:
-                return stock.forward(self, sample, *args, **kwargs)
+                return stock_forward(self, sample, *args, **kwargs)
             index = self._flowmap_calls
             self._flowmap_calls = index + 1
-            if index >= len(call.kinds):
+            if index >= len(call.times):
                 raise RuntimeError(
-                    f"{stock.__name__} was called {index + 1} times in one forward; its spec knows {call.kinds}"
+                    f"{stock.__name__} was called {index + 1} times in one forward; its spec knows {len(call.times)}"
                 )
+            times = call.times[index]
 
-            def base(times: Tensor) -> Tensor:
-                return stock.forward(self, times, *args, **kwargs)
+            def base(x: Tensor) -> Any:
+                return stock_forward(self, x, *args, **kwargs)
 
-            def delta(times: Tensor) -> Tensor:
-                return call.delta(times, *args, **kwargs)
+            if call.delta is None:
+                return base(sample if times is None else _input(_native_time(times, call), sample, times, call))
+            if times is not None and not args and not kwargs and _fusable(self, stock, sample, call):
+                return _fused(self, sample, times, call)
 
-            if call.kinds[index] == "constant":
-                # The rows of a fixed time have r = t: both embedders see what the stock one sees, or no difference.
-                tau = sample if call.deltatime_type == "r" else torch.zeros_like(sample)
-                if call.deltatime_type != "r" and call.sinusoid is not None:
-                    tau = call.sinusoid(sample.new_zeros(sample.shape[:-1], dtype=torch.float32).reshape(-1))
-                    tau = tau.reshape(sample.shape)
-                return _blend(base, delta, sample, tau, call)
-            if call.sinusoid is None:
-                t, r = _rows(call, sample.shape, sample.device)
-                return _blend(base, delta, t * call.pre_scale, _delta_time(t, r, call) * call.pre_scale, call)
-            t, r = _rows(call, sample.shape[:-1], sample.device)
-            if not args and not kwargs and _fusable(self, stock, sample, call):
-                return _fused(self, t, r, call)
-            features = _features(t, call).to(sample.dtype)
-            return _blend(base, delta, features, _features(_delta_time(t, r, call), call), call)
+            def delta(x: Tensor) -> Tensor:
+                assert call.delta is not None
+                return call.delta(x, *args, **kwargs)
+
+            if times is None:
+                return _blend(base, delta, sample, _constant_delta(sample, call), call)
+            tau = _input(_delta_time(times, call), sample, times, call, of_delta=True)
+            return _blend(base, delta, _input(times.t, sample, times, call), tau, call)
 
         return {"forward": forward}
 
 
-def _rows(call: FlowMapCall, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """t and r laid out as the rows that the stock embedder was given: equal in number, or one for all."""
-    t, r = call.t.to(device), call.r.to(device)
-    if t.numel() == shape.numel():
-        return t.reshape(shape), r.reshape(shape)
-    if t.numel() == 1:
-        return t.reshape(()).expand(shape), r.reshape(()).expand(shape)
-    raise RuntimeError(f"the embedder was given rows {tuple(shape)} for times {tuple(t.shape)}: no rule in the spec")
+class NarrowEntry(Swapped):
+    """Mixin of the first layer inside an embedder that takes times: its features stay float32 up to here."""
+
+    @staticmethod
+    def _namespace(stock: type[nn.Module]) -> dict[str, Any]:
+        stock_forward = stock.forward
+
+        def forward(self: Any, features: Tensor) -> Tensor:
+            return stock_forward(self, features.to(_compute_dtype(self.weight, features.dtype)))
+
+        return {"forward": forward}
 
 
-def _delta_time(t: Tensor, r: Tensor, call: FlowMapCall) -> Tensor:
+def _delta_time(times: CallTimes, call: FlowMapCall) -> Tensor:
     if call.deltatime_type == "r":
-        return r
-    return t - r if call.deltatime_type == "t-r" else r - t
+        return times.r
+    return times.t - times.r if call.deltatime_type == "t-r" else times.r - times.t
 
 
-def _features(times: Tensor, call: FlowMapCall) -> Tensor:
-    assert call.sinusoid is not None
-    return call.sinusoid(times.reshape(-1) * call.pre_scale).reshape(*times.shape, -1)
+def _native_time(times: CallTimes, call: FlowMapCall) -> Tensor:
+    if call.embeds == "t-r":
+        return times.t - times.r
+    return times.t if call.embeds == "t" else times.r
 
 
-def _blend(
-    base: Callable[[Tensor], Tensor], delta: Callable[[Tensor], Tensor], x: Tensor, tau: Tensor, call: FlowMapCall
-) -> Tensor:
-    """The composite path: whatever the embedders are (with an adapter, quantised, offloaded), they are called."""
-    weight = next((p for p in call.delta.parameters() if p.is_floating_point()), None)
-    if weight is not None and weight.element_size() > 1:  # a one-byte dtype is storage only: its module casts
-        tau = tau.to(weight.dtype) if call.sinusoid is not None else tau
+def _input(tau: Tensor, sample: Tensor, times: CallTimes, call: FlowMapCall, of_delta: bool = False) -> Tensor:
+    """What the embedder is given for ``tau``, laid out as ``sample``, what the stock model gives: float32 times, or
+    features. Rows of a fixed time that follow are taken from ``sample``."""
+    tau = tau.to(sample.device)
+    rows = tau if call.sinusoid is None else _features(call.sinusoid, tau)
+    if times.constant_tail:
+        tail = sample[rows.shape[0] :]
+        rows = torch.cat([rows, (_constant_delta(tail, call) if of_delta else tail).to(rows.dtype)])
+    if rows.numel() == sample.numel():
+        rows = rows.reshape(sample.shape)
+    elif tau.numel() == 1:  # one time for all rows
+        own = rows.shape[1:] if call.sinusoid is not None else ()
+        rows = rows.reshape((1,) * (sample.ndim - len(own)) + tuple(own)).expand(sample.shape)
     else:
-        tau = tau.to(x.dtype)
+        raise RuntimeError(
+            f"the embedder was given {tuple(sample.shape)} for times {tuple(tau.shape)}: no rule in the spec"
+        )
+    return rows if call.sinusoid is None or of_delta else rows.to(sample.dtype)
+
+
+def _features(sinusoid: Features, tau: Tensor) -> Tensor:
+    """float32 features, also from a sinusoid with weights of its own, and inside autocast."""
+    with torch.autocast(tau.device.type, enabled=False):
+        if isinstance(sinusoid, nn.Module):
+            narrow = {name: p.to(torch.float32) for name, p in sinusoid.named_parameters() if p.element_size() < 4}
+            if narrow:
+                return torch.func.functional_call(sinusoid, narrow, (tau.reshape(-1),))
+        return sinusoid(tau.reshape(-1))
+
+
+def _constant_delta(sample: Tensor, call: FlowMapCall) -> Tensor:
+    """The delta embedder's input for rows of a fixed time: r = t."""
+    if call.deltatime_type == "r":
+        return sample
+    if call.sinusoid is None:
+        return torch.zeros_like(sample)
+    zero = _features(call.sinusoid, torch.zeros(1, device=sample.device))
+    return zero.reshape((1,) * (sample.ndim - zero.ndim + 1) + tuple(zero.shape[1:])).expand(sample.shape)
+
+
+def _blend(base: Features, delta: Features, x: Tensor, tau: Tensor, call: FlowMapCall) -> Tensor:
+    """The composite path: whatever the embedders are (with an adapter, quantised, offloaded), they are called."""
+    assert call.delta is not None
+    if call.sinusoid is not None:
+        weight = next((p for p in call.delta.parameters() if p.is_floating_point()), None)
+        tau = tau.to(x.dtype if weight is None else _compute_dtype(weight, x.dtype))
     embedding = base(x)
     return gate_blend(embedding, delta(tau), call.gate.to(embedding.device))
 
 
-def _fused(embedder: Any, t: Tensor, r: Tensor, call: FlowMapCall) -> Tensor:
+def _compute_dtype(weight: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of ``weight``, unless it is storage only (one byte, or packed): then its module casts."""
+    return weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else otherwise
+
+
+def _fused(embedder: Any, sample: Tensor, times: CallTimes, call: FlowMapCall) -> Tensor:
     sinusoid: Any = call.sinusoid
+    shape = sample.shape[:-1]
+    one = times.t.numel() == 1
+    t, r = (time.reshape(()).expand(shape) if one else time.reshape(shape) for time in (times.t, times.r))
     embedding = flowmap_embedding(
-        t,
-        r,
+        t.to(sample.device),
+        r.to(sample.device),
         _weights(embedder),
         _weights(call.delta),
-        call.gate.to(t.device),
+        call.gate.to(sample.device),
         num_channels=sinusoid.num_channels,
         flip_sin_to_cos=sinusoid.flip_sin_to_cos,
         downscale_freq_shift=sinusoid.downscale_freq_shift,
         scale=sinusoid.scale,
-        time_scale=call.pre_scale,
         deltatime_type=call.deltatime_type,
     )
     assert isinstance(embedding, Tensor)
@@ -138,6 +193,7 @@ def _fusable(embedder: nn.Module, stock: type[nn.Module], sample: Tensor, call: 
         stock is TimestepEmbedding
         and type(call.delta) is TimestepEmbedding
         and type(call.sinusoid) is Timesteps
+        and not any(times is not None and times.constant_tail for times in call.times)
         and not torch.is_autocast_enabled(sample.device.type)
         and _is_plain_mlp(embedder, sample)
         and _is_plain_mlp(call.delta, sample)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from ..families import EmbedderSite, FamilySpec
-from .embedder import FlowMapCall, FlowMapEmbedder
+from ..families import EmbedderSite, FamilySpec, Rows, Sinusoid, families, find_spec
+from ..families.resolve import config_of, has_module, takes_place
+from .embedder import CallTimes, Embeds, Features, FlowMapCall, FlowMapEmbedder
 from .swap import Swapped
+from .times import Pair, Schedule, all_times, second_time, stock_arguments, take_native
 
 DELTATIME_TYPES = ("r", "t-r")
 
 
 @dataclass
 class FlowMapSettings:
-    """What a patched model carries. ``gate_value`` is the truth from which the gate tensor is made again on another
-    device, the meta device included; ``pre_scales`` are those of the spec's sites."""
+    """What a patched model carries: its own spec, resolved, and the truth from which the gate tensor is made again on
+    another device, the meta device included."""
 
     spec: FamilySpec
     gate_value: float
     deltatime_type: str
-    pre_scales: tuple[float, ...]
 
     def op_deltatime_type(self) -> str:
         """(sigma_t - sigma_r) times |time_scale|, also where the model's time runs backwards."""
@@ -43,8 +46,7 @@ class FlowMapModel(Swapped):
 
     _flowmap: FlowMapSettings
     _flowmap_gate: Tensor
-    # (sigma_t, sigma_r), one element each, while a sampler drives the model; fills r where a pipeline gives none.
-    _flowmap_schedule: tuple[Tensor, Tensor] | None
+    _flowmap_schedule: Schedule | None  # while a sampler drives the model: fills r where a pipeline gives none
     _flowmap_saw_r: bool  # set by every forward that was given r_timestep
 
     def enable_flowmap_time_conditioning(self, gate_value: float = 0.25, deltatime_type: str = "r") -> None:
@@ -65,39 +67,44 @@ class FlowMapModel(Swapped):
 
     @staticmethod
     def _namespace(stock: type[nn.Module]) -> dict[str, Any]:
-        signature = inspect.signature(stock.forward)
-        names = list(signature.parameters)
+        stock_forward = stock.forward  # not looked up on the class: torch.compile does not enter all of them
+        signature = inspect.signature(stock_forward)
+        names = list(signature.parameters)[1:]
 
-        def forward(self: Any, *args: Any, r_timestep: Any = None, **kwargs: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            spec: FamilySpec = self._flowmap.spec
             # Samplers run without gradient; a schedule left behind by an interrupted one must not reach training.
-            scheduled = self._flowmap_schedule is not None and not torch.is_grad_enabled()
-            if r_timestep is None and not scheduled:
-                return stock.forward(self, *args, **kwargs)
-            settings: FlowMapSettings = self._flowmap
-            position = names.index(settings.spec.timestep_arg) - 1
-            timestep = args[position] if position < len(args) else kwargs.get(settings.spec.timestep_arg)
-            if r_timestep is None:
-                t, r = scheduled_times(timestep, self._flowmap_schedule, settings.spec)
-            else:
-                t, r = explicit_times(timestep, r_timestep)
+            schedule = None if torch.is_grad_enabled() else self._flowmap_schedule
+            arguments = dict(zip(names, args, strict=False))
+            arguments.update(kwargs)
+            second = {arg: arguments.pop(second_time(spec, arg), None) for arg in spec.time_args}
+            if spec.native is not None:
+                take_native(spec, arguments, second, schedule)
+            if schedule is None and all(r is None for r in second.values()):
+                return stock_forward(self, *args, **{k: v for k, v in kwargs.items() if k in arguments})
+            if second[spec.timestep_arg] is not None:
                 self._flowmap_saw_r = True
-            embedders = []
+            if spec.checkpointed and torch.is_grad_enabled() and any_checkpointing(self):
+                raise ValueError(
+                    f"{spec.class_name} embeds its times inside of the blocks that gradient checkpointing runs again, "
+                    "where r is not known any more: disable gradient checkpointing to train it as a flow map"
+                )
+            times = all_times(spec, arguments, second, schedule)
+            handed: list[Any] = []
             try:
-                for site, pre_scale in zip(settings.spec.sites, settings.pre_scales, strict=True):
-                    found = begin(self, site, pre_scale, t, r)
-                    embedders.append(found)
-                output = stock.forward(self, *args, **kwargs)
-                for site, found in zip(settings.spec.sites, embedders, strict=True):
-                    if not any(embedder._flowmap_calls for embedder in found):
-                        raise RuntimeError(f"r_timestep was given, but {site.embedder} was not called in this forward")
+                for site, embeds in embedded_sites(spec):
+                    handed.append(begin(self, site, embeds, arguments, times))
+                output = stock_forward(self, **stock_arguments(spec, arguments, times))
+                for (site, _), (embedders, call) in zip(embedded_sites(spec), handed, strict=True):
+                    check_seen(site, embedders, call)
                 return output
             finally:
-                for found in embedders:
-                    for embedder in found:
+                for embedders, _ in handed:
+                    for embedder in embedders:
                         embedder._flowmap_call = None
 
-        forward.__signature__ = _with_r_timestep(signature)  # type: ignore[attr-defined]
-        forward.__doc__ = stock.forward.__doc__
+        forward.__signature__ = _with_second_times(signature, stock)  # type: ignore[attr-defined]
+        forward.__doc__ = stock_forward.__doc__
         return {"forward": forward}
 
 
@@ -119,30 +126,80 @@ def check_conditioning(gate_value: float, deltatime_type: str) -> None:
         raise ValueError(f"deltatime_type must be 'r' or 't-r', got {deltatime_type!r}")
 
 
-def _with_r_timestep(signature: inspect.Signature) -> inspect.Signature:
-    parameters = list(signature.parameters.values())
-    r = inspect.Parameter("r_timestep", inspect.Parameter.KEYWORD_ONLY, default=None)
-    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
-    return signature.replace(parameters=[*parameters[:at], r, *parameters[at:]])
+def _with_second_times(signature: inspect.Signature, stock: type[nn.Module]) -> inspect.Signature:
+    """The stock signature with ``r_timestep`` and its like, all optional keywords."""
+    name = stock.__name__
+    args = find_spec(name).time_args[1:] if name in families() else ()
+    second = ["r_timestep", *(f"r_{arg}" for arg in args)]
+    keyword, rest = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
+    stock_ones = [p for p in signature.parameters.values() if p.name not in second]
+    extra = [inspect.Parameter(name, keyword, default=None) for name in second]
+    ahead, behind = ([p for p in stock_ones if (p.kind is rest) is last] for last in (False, True))
+    return signature.replace(parameters=[*ahead, *extra, *behind])
 
 
-def begin(model: Any, site: EmbedderSite, pre_scale: float, t: Tensor, r: Tensor) -> list[Any]:
-    """Hand (t, r) to the embedder of a site, and to its copies if peft keeps some in modules_to_save."""
-    embedders: list[Any] = list(embedders_at(model, site))
+def embedded_sites(spec: FamilySpec) -> tuple[tuple[EmbedderSite, Embeds], ...]:
+    """The sites of a spec, and what each embeds where nothing is blended in."""
+    return tuple((site, "blend") for site in spec.sites) if spec.native is None else spec.native.embeds
+
+
+def begin(
+    model: Any, site: EmbedderSite, embeds: Embeds, arguments: Mapping[str, Any], times: Mapping[str, Pair]
+) -> tuple[list[Any], FlowMapCall]:
+    """Hand the times of its calls to the embedder of a site, and to its copies if peft keeps some in modules_to_save."""
+    spec: FamilySpec = model._flowmap.spec
     call = FlowMapCall(
-        t=t,
-        r=r,
-        gate=model._flowmap_gate,
+        times=tuple(
+            _call_times(rows, site, times, spec) for rows in site.calls if takes_place(rows, arguments, config_of(model))
+        ),
+        sinusoid=find_sinusoid(model, site),
         deltatime_type=model._flowmap.op_deltatime_type(),
-        delta=model.get_submodule(site.delta),
-        sinusoid=None if site.sinusoid is None else model.get_submodule(site.sinusoid),
-        pre_scale=pre_scale,
-        kinds=site.calls,
+        gate=model._flowmap_gate,
+        delta=model.get_submodule(site.delta) if embeds == "blend" else None,
+        embeds=embeds,
     )
+    embedders: list[Any] = list(embedders_at(model, site))
     for embedder in embedders:
         embedder._flowmap_call = call
         embedder._flowmap_calls = 0
-    return embedders
+    return embedders, call
+
+
+def _call_times(
+    rows: Rows, site: EmbedderSite, times: Mapping[str, Pair], spec: FamilySpec
+) -> CallTimes | None:
+    if rows.of == "constant":
+        return None
+    t, r = times[spec.timestep_arg if rows.of == "time" else rows.of]
+    if site.whole_times:
+        t, r = t.trunc(), r.trunc()
+    if site.pre_scale != 1.0:
+        t, r = t * site.pre_scale, r * site.pre_scale
+    return CallTimes(t, r, rows.constant_tail)
+
+
+def find_sinusoid(model: Any, site: EmbedderSite) -> Features | None:
+    if site.sinusoid is None:
+        return None
+    if isinstance(site.sinusoid, Sinusoid):
+        return partial(
+            get_timestep_embedding,
+            embedding_dim=site.sinusoid.num_channels,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0.0,
+            scale=site.sinusoid.scale,
+            max_period=site.sinusoid.max_period,
+        )
+    if has_module(model, site.sinusoid):
+        return model.get_submodule(site.sinusoid)  # type: ignore[no-any-return]
+    return getattr(model, site.sinusoid)  # type: ignore[no-any-return]
+
+
+def check_seen(site: EmbedderSite, embedders: list[Any], call: FlowMapCall) -> None:
+    """A forward in which no call of an embedder saw r is an error, unless that is what the spec expects."""
+    first = next((index for index, times in enumerate(call.times) if times is not None), None)
+    if first is not None and sum(embedder._flowmap_calls for embedder in embedders) <= first:
+        raise RuntimeError(f"r_timestep was given, but {site.embedder} was not called with it in this forward")
 
 
 def embedders_at(model: nn.Module, site: EmbedderSite) -> Iterator[nn.Module]:
@@ -151,37 +208,5 @@ def embedders_at(model: nn.Module, site: EmbedderSite) -> Iterator[nn.Module]:
             yield module
 
 
-def as_time(value: Any, like: Any) -> Tensor:
-    """A time argument as a float32 tensor, on the device of ``like`` when it is a plain number."""
-    if isinstance(value, Tensor):
-        return value.to(torch.float32)
-    device = like.device if isinstance(like, Tensor) else None
-    return torch.as_tensor(value, dtype=torch.float32, device=device)
-
-
-def explicit_times(timestep: Any, r_timestep: Any) -> tuple[Tensor, Tensor]:
-    t, r = as_time(timestep, r_timestep), as_time(r_timestep, timestep)
-    if t.device != r.device and t.ndim and r.ndim:
-        raise ValueError(f"r_timestep is on {r.device}, the time argument on {t.device}")
-    if t.shape == r.shape:
-        return t, r
-    if r.numel() == 1:
-        return t, r.reshape(()).to(t.device).expand(t.shape)
-    if t.numel() == 1:
-        return t.reshape(()).to(r.device).expand(r.shape), r
-    raise ValueError(f"r_timestep of shape {tuple(r.shape)} does not fit a time argument of shape {tuple(t.shape)}")
-
-
-def scheduled_times(timestep: Any, schedule: tuple[Tensor, Tensor], spec: FamilySpec) -> tuple[Tensor, Tensor]:
-    """t and r from the sampler's own float32 sigmas: what the pipeline hands in may have been through int64 or bf16.
-
-    Where the pipeline gives a time for each token, clean tokens keep r = t = 0 and the others move in proportion.
-    """
-    sigma_t, sigma_r = schedule
-    if isinstance(timestep, Tensor) and timestep.ndim > 1:
-        t = timestep.to(torch.float32)
-        return t, spec.model_time(spec.sigma(t) * (sigma_r / sigma_t).to(t.device))
-    shape = timestep.shape if isinstance(timestep, Tensor) else ()
-    device = timestep.device if isinstance(timestep, Tensor) else sigma_t.device
-    t, r = (spec.model_time(sigma).to(device).reshape(()) for sigma in schedule)
-    return t.expand(shape), r.expand(shape)
+def any_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

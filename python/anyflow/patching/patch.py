@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..families import FamilySpec, find_spec
+from ..families import EmbedderSite, FamilySpec, families, find_spec
+from ..families.resolve import has_module, resolve
 from .clone import clone_embedder
-from .embedder import FlowMapEmbedder
-from .model import FlowMapModel, FlowMapSettings, check_conditioning, embedders_at, make_gate, set_conditioning
+from .embedder import FlowMapEmbedder, NarrowEntry
+from .model import (
+    FlowMapModel,
+    FlowMapSettings,
+    check_conditioning,
+    embedded_sites,
+    embedders_at,
+    make_gate,
+    set_conditioning,
+)
 from .swap import restore, swap
 from .unwrap import denoisers
 
@@ -77,6 +86,7 @@ def patch(
     check_conditioning(gate_value, deltatime_type)
     record = FlowMapPatch(denoisers(model))
     # Everything that can be refused is refused before the first model is touched.
+    check_pipeline(model, record.models)
     specs = [
         m._flowmap.spec if isinstance(m, FlowMapModel) else _check_patchable(m, find_spec(type(m).__name__, family))
         for m in record.models
@@ -86,16 +96,19 @@ def patch(
             set_conditioning(bare, gate_value, deltatime_type)
         else:
             _patch(bare, spec, gate_value, deltatime_type)
-            if deltatime_type == "t-r" and gate_value > 0:
+            if deltatime_type == "t-r" and gate_value > 0 and spec.native is None:
                 warnings.warn(
                     "deltatime_type='t-r' with a fresh delta embedder changes the model before any training, also at "
                     "r = t: the copied embedder sees a time of 0 there",
                     stacklevel=2,
                 )
         record.replaced.append((spec.class_name, "forward takes r_timestep"))
+        if spec.native is not None:
+            record.replaced.append((spec.native.arg, "the second time of the class itself, given through r_timestep"))
+            record.left.append((spec.native.delta, "trained as it is; gate and type of the delta time are its own"))
         for site in spec.sites:
             record.replaced.append((site.embedder, f"blends in {site.delta}, a trainable clone"))
-        record.left += [(path, why) for path, why in spec.left if _has(bare, path)]
+        record.left += [(path, why) for path, why in spec.left if has_module(bare, path)]
     return record
 
 
@@ -122,9 +135,9 @@ def delta_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     not patched.
     """
     for bare in denoisers(model):
-        for site in _spec(bare).sites:
-            for name, parameter in bare.get_submodule(site.delta).named_parameters():
-                yield f"{site.delta}.{name}", parameter
+        for path in delta_paths(_spec(bare)):
+            for name, parameter in bare.get_submodule(path).named_parameters():
+                yield f"{path}.{name}", parameter
 
 
 def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
@@ -134,12 +147,13 @@ def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
     the adapter, as in the published recipe. Each parameter is listed once. Give the values to the optimizer.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     listed: list[tuple[str, nn.Parameter]] = []
     for bare in denoisers(model):
-        for site in _spec(bare).sites:
-            delta = bare.get_submodule(site.delta)
-            if not any(isinstance(module, BaseTunerLayer) for module in delta.modules()):
+        for path in delta_paths(_spec(bare)):
+            delta = bare.get_submodule(path)
+            if not any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in delta.modules()):
                 delta.requires_grad_(True)
         listed += [(name, parameter) for name, parameter in bare.named_parameters() if parameter.requires_grad]
     return listed
@@ -151,51 +165,68 @@ def _spec(model: nn.Module) -> FamilySpec:
     return model._flowmap.spec
 
 
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(model.get_submodule(path), nn.Module)
-    except AttributeError:
-        return False
+def delta_paths(spec: FamilySpec) -> list[str]:
+    """Where the embedders of the second time are."""
+    return [site.delta for site in spec.sites] if spec.native is None else [spec.native.delta]
+
+
+def check_pipeline(target: Any, models: list[nn.Module]) -> None:
+    """ValueError, with the reason, for a pipeline whose models are not flow-matching in the time of their class."""
+    for model in models:
+        for name, why in find_spec(type(model).__name__).refused_pipelines if _is_known(model) else ():
+            if type(target).__name__ == name:
+                raise ValueError(f"{name} cannot be made a flow map: {why}")
+
+
+def _is_known(model: nn.Module) -> bool:
+    return type(model).__name__ in families()
 
 
 def _check_patchable(model: nn.Module, spec: FamilySpec) -> FamilySpec:
-    if "r_timestep" in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{type(model).__name__} takes r_timestep by itself and needs no patch")
     if "forward" in model.__dict__:
         raise ValueError(
             f"the forward of this {type(model).__name__} is already wrapped (offloading, accelerator.prepare or a "
             "cache hook). Patch first, then enable it."
         )
-    for site in spec.sites:
-        for path in (site.embedder, site.sinusoid):
-            if path is not None and not _has(model, path):
-                raise ValueError(f"{type(model).__name__} has no {path}, which the spec {spec.class_name} names")
-        if _has(model, site.delta):
-            raise ValueError(f"{type(model).__name__} already has a module {site.delta}")
+    if spec.native is None and "r_timestep" in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes r_timestep by itself: its spec needs native=NativeTime(...)")
+    spec = resolve(spec, model)
+    for path in delta_paths(spec):
+        if spec.native is None and has_module(model, path):
+            raise ValueError(f"{type(model).__name__} already has a module {path}")
     return spec
 
 
 def _patch(model: nn.Module, spec: FamilySpec, gate_value: float, deltatime_type: str) -> None:
-    embedders = [_embedders(model.get_submodule(site.embedder)) for site in spec.sites]
-    clones = [clone_embedder(found[-1], site.embedder) for site, found in zip(spec.sites, embedders, strict=True)]
-    for site, found, delta in zip(spec.sites, embedders, clones, strict=True):
+    embedders = [_embedders(model.get_submodule(site.embedder)) for site, _ in embedded_sites(spec)]
+    clones = [clone_embedder(found[-1], site.embedder) for site, found in zip(spec.sites, embedders, strict=False)]
+    for site, delta in zip(spec.sites, clones, strict=True):
         parent, _, name = site.delta.rpartition(".")
         model.get_submodule(parent).add_module(name, delta)
+        _narrow(delta, site)
+    for (site, _), found in zip(embedded_sites(spec), embedders, strict=True):
         for embedder in found:
+            _narrow(embedder, site)
             swap(embedder, FlowMapEmbedder)
             embedder._flowmap_call = None  # type: ignore[assignment]
             embedder._flowmap_calls = 0  # type: ignore[assignment]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     swap(model, FlowMapModel)
-    pre_scales = tuple(
-        float(getattr(model.config, site.pre_scale) if isinstance(site.pre_scale, str) else site.pre_scale)
-        for site in spec.sites
-    )
-    model._flowmap = FlowMapSettings(spec, float(gate_value), deltatime_type, pre_scales)  # type: ignore[assignment]
+    model._flowmap = FlowMapSettings(spec, float(gate_value), deltatime_type)  # type: ignore[assignment]
     model._flowmap_gate = make_gate(gate_value, device)
     model._flowmap_schedule = None  # type: ignore[assignment]
     model._flowmap_saw_r = False  # type: ignore[assignment]
     _follow_fp32_rule(model, spec)
+
+
+def _narrow(embedder: nn.Module, site: EmbedderSite) -> None:
+    if site.first_linear is not None:
+        swap(_first_linear(embedder, site.first_linear), NarrowEntry)
+
+
+def _first_linear(embedder: nn.Module, path: str) -> nn.Module:
+    layer = embedder.get_submodule(path)
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
 
 
 def _embedders(module: nn.Module) -> list[nn.Module]:
@@ -208,18 +239,24 @@ def _embedders(module: nn.Module) -> list[nn.Module]:
 def _follow_fp32_rule(model: nn.Module, spec: FamilySpec) -> None:
     """Where the source embedder is kept in float32 by name, keep the delta embedder so too, on this instance."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
-    names = [site.delta.rpartition(".")[2] for site in spec.sites if site.embedder.rpartition(".")[2] in kept]
+    names = [site.delta.rpartition(".")[2] for site in spec.sites if kept_with(site, kept)]
     if names:
         model._keep_in_fp32_modules = [*kept, *names]  # type: ignore[assignment]
 
 
+def kept_with(site: EmbedderSite, kept: Sequence[str]) -> bool:
+    return not set(site.embedder.split(".")).isdisjoint(kept)
+
+
 def _unpatch(model: nn.Module) -> None:
     spec = _spec(model)
-    embedders = [embedder for site in spec.sites for embedder in embedders_at(model, site)]
+    embedders = [(site, embedder) for site, _ in embedded_sites(spec) for embedder in embedders_at(model, site)]
     restore(model)
-    for embedder in embedders:
+    for site, embedder in embedders:
         restore(embedder)
         del embedder._flowmap_call, embedder._flowmap_calls
+        if site.first_linear is not None:
+            restore(_first_linear(embedder, site.first_linear))
     for site in spec.sites:
         parent, _, name = site.delta.rpartition(".")
         delattr(model.get_submodule(parent), name)

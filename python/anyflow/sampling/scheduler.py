@@ -1,4 +1,4 @@
-"""Any-step sampling of stock pipelines.
+"""The scheduler of any-step sampling.
 
 A flow-map step x_r = x_t - (sigma_t - sigma_r) u(x_t, t, r) is an Euler step, so a stock pipeline samples a flow map
 once its scheduler is Euler on a grid that ends in 0, and the model is told r. ``AnyStepScheduler`` is that scheduler;
@@ -7,8 +7,7 @@ it lays (sigma_t, sigma_r) of the coming step on the models that it drives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from .patching import is_patched
-from .patching.unwrap import denoisers
+from ..patching.times import Schedule
 
 FLOW_SCHEDULERS = (
     FlowMatchEulerDiscreteScheduler,
@@ -30,7 +28,8 @@ FLOW_SCHEDULERS = (
     FlowMatchLCMScheduler,
     FlowMapEulerDiscreteScheduler,
 )
-_SHARED_KEYS = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
+# Not shift_terminal: it keeps a solver off the last step, and divides 0 by 0 on a grid of one.
+_SHARED_KEYS = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "invert_sigmas")
 
 
 class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
@@ -38,15 +37,20 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     While a sampling loop runs (from ``set_timesteps`` to the last ``step``) the driven models take r from this
     schedule, in float32, whatever the pipeline has done to its timesteps. ``models`` are patched models. A schedule
-    handed in by the pipeline (``sigmas=``, ``timesteps=``, ``mu=``) is used as it is.
+    handed in by the pipeline (``sigmas=``, ``timesteps=``, ``mu=``) is used as it is, but for families whose spec says
+    ``replace_grid``: of theirs, a few steps are wasted next to 0 or 1, so the grid is uniform.
     """
 
-    # What samplers of noise-prediction pipelines (SDXL) ask of a scheduler.
+    # What pipelines for noise prediction (SDXL) ask of a scheduler, and those for multistep solvers (ChronoEdit).
     init_noise_sigma = 1.0
     num_inference_steps: int | None = None
+    model_outputs: Sequence[Tensor] = ()
+    last_sample: Tensor | None = None
 
     _models: Sequence[nn.Module] = ()
+    _grid: Sequence[float] | None = None  # instead of any other, before the shift
     _announced: int | None = None
+    _holds = False  # whether the models keep to r = t between two runs of the loop, instead of being stock
 
     @classmethod
     def like(cls, scheduler: Any, models: Sequence[nn.Module] = ()) -> AnyStepScheduler:
@@ -65,8 +69,6 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
                 "flow-matching scheduler. If the model is a flow model, give the pipeline a "
                 "FlowMatchEulerDiscreteScheduler first."
             )
-        if config.get("invert_sigmas"):
-            raise ValueError("schedulers with invert_sigmas are not supported")
         kept = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
         kept |= {
             key: value for key, value in config.items() if key.endswith(("_shift", "_seq_len")) and "flow" not in key
@@ -92,10 +94,14 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: Any = None,
     ) -> None:
         """As in the stock scheduler, but the default grid is uniform down to exactly 0 before the shift."""
+        if self._grid is not None or any(model._flowmap.spec.replace_grid for model in self._models):
+            given = sigmas if sigmas is not None else timesteps
+            num_inference_steps, sigmas, timesteps = len(given) if given is not None else num_inference_steps, None, None
         if sigmas is None and timesteps is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps!r}")
-            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if self._grid is None else list(self._grid)
+            num_inference_steps = len(sigmas)
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         self._announce(0)
 
@@ -105,6 +111,8 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x_r = x_t + (sigma_r - sigma_t) u. Raises RuntimeError when the model was given r of another step."""
+        if isinstance(timestep, Tensor) and not timestep.is_floating_point():  # truncated by the pipeline
+            timestep = self.timesteps[(self.timesteps - timestep.to(self.timesteps.device)).abs().argmin()]
         if self.step_index is None:
             self._init_step_index(timestep)
         if self._models and self._announced != self.step_index:
@@ -120,7 +128,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         return result
 
     def r_timestep_for(self, timestep: Any) -> Tensor:
-        """The next endpoint after ``timestep``, both in 1000 sigma, float32, in the shape of ``timestep``.
+        """The next endpoint after ``timestep``, both in the scheduler's units, float32, in the shape of ``timestep``.
 
         A timestep that went through int64 or bfloat16 finds its place again; on a grid so dense that rounding reaches a
         neighbour, it is taken for the step that is due. Raises ValueError for one that is not on the schedule or cannot
@@ -131,15 +139,16 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         given = torch.as_tensor(timestep)
         t = given.to(torch.float32)
         distance = (t.reshape(-1, 1) - self.timesteps.to(t.device)).abs()
-        # bfloat16 is off by at most 2 above 512, truncation to int64 by less than 1.
-        near = distance <= 2.0
+        # Of 1000 steps, bfloat16 is off by at most 2 above 512, truncation to int64 by less than 1.
+        unit = self.config.num_train_timesteps / 1000
+        near = distance <= 2.0 * unit
         if not bool(near.any(1).all()):
             value = t.reshape(-1)[~near.any(1)][0].item()
             raise ValueError(f"timestep {value} is not on the schedule {self.timesteps.tolist()}")
         index = distance.argmin(1)
         doubtful = near.sum(1) > 1
         if given.dtype in (torch.float32, torch.float64):
-            doubtful &= distance.min(1).values > 1e-3
+            doubtful &= distance.min(1).values > 1e-3 * unit
         if bool(doubtful.any()):
             # Rounding may have moved it past a neighbour: only the step that is being taken can tell.
             current = self._announced
@@ -152,38 +161,29 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     def _announce(self, index: int) -> None:
         self._announced = index
-        pair = (self.sigmas[index].reshape(1).clone(), self.sigmas[index + 1].reshape(1).clone())
+        if index >= len(self.timesteps):  # an image-to-image start past the last step: there is none to take
+            return self.release()
+        # Inverted, the schedule counts upwards to data; the models are told sigma.
+        grid = 1 - self.sigmas if self.config.invert_sigmas else self.sigmas.clone()
+        self._lay(Schedule(grid[index : index + 1], grid[index + 1 : index + 2], grid))
+
+    def _lay(self, schedule: Schedule | None) -> None:
         for model in self._models:
-            model._flowmap_schedule = pair  # type: ignore[assignment]
+            model._flowmap_schedule = schedule  # type: ignore[assignment]
+
+    def hold(self) -> None:
+        """From here to ``let_go``, a model call outside of the steps (one that fills a cache) has r = t."""
+        self._holds = True
+        self.release()
 
     def release(self) -> None:
-        """Let go of the models: without r they are stock again."""
-        for model in self._models:
-            model._flowmap_schedule = None  # type: ignore[assignment]
+        """No step is due: without r the models are stock again, or held at r = t."""
+        self._lay(Schedule() if self._holds else None)
 
+    def let_go(self) -> None:
+        self._holds = False
+        self.release()
 
-@contextmanager
-def any_step(pipe: Any) -> Iterator[Any]:
-    """Inside the block, the pipeline samples its patched model with flow-map steps: ``with any_step(pipe): pipe(...)``.
-
-    r is the end of the step that the scheduler takes, 0 for the last; N steps are N model calls (twice that where the
-    pipeline calls the model once more for guidance). Multistep solvers (Wan ships UniPC) are replaced by Euler steps
-    with the same shift. On exit, also after an exception, the pipeline has its own scheduler and the model no schedule.
-
-    Raises ValueError when a denoiser of the pipeline is not patched or its scheduler is not a flow-matching one;
-    TypeError when ``pipe`` is not a pipeline.
-    """
-    if isinstance(pipe, nn.Module):
-        raise TypeError(f"any_step takes a pipeline, got the model {type(pipe).__name__}")
-    models = denoisers(pipe)
-    for model in models:
-        if not is_patched(model):
-            raise ValueError(f"{type(model).__name__} is not patched; call anyflow.patch(pipe) first")
-    stock = pipe.scheduler
-    scheduler = AnyStepScheduler.like(stock, models)
-    pipe.scheduler = scheduler
-    try:
-        yield pipe
-    finally:
-        scheduler.release()
-        pipe.scheduler = stock
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies step on their own (one for each frame, or for the sound) and drive no model."""
+        return {**self.__dict__, "_models": ()}

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .lycoris import lycoris_layers, lycoris_off
+
+# Initialisations of peft's LoRA that take the adapter's first value out of the base weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
@@ -15,26 +20,45 @@ def teacher_mode(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
     """Run ``modules`` as the base model: every adapter off, evaluation mode, no gradient, no sampler's r.
 
     peft layers and modules_to_save are switched by their flag, so that neither ``requires_grad`` nor the set of active
-    adapters is touched (FSDP has both in its flat parameters); a LyCORIS network by the multiplier of each of its
-    layers. Exactly the entry state comes back, layer by layer, also after an exception and when nested.
+    adapters is touched (FSDP has both in its flat parameters); layers that LyCORIS wraps run their own forward.
+    ``lycoris``: the network, if there is one; needed where its layers cannot be seen from the model. Exactly the entry
+    state comes back, layer by layer, also after an exception and when nested.
 
-    Raises RuntimeError when an adapter is merged into the base weights: then there is no base model to run.
+    Raises RuntimeError when an adapter is merged into the base weights: then there is no base model to run; and when a
+    backward of the student runs inside: checkpointed blocks would be recomputed without the adapter.
     """
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(_adapters_off(module))
+            stack.enter_context(lycoris_off(module, lycoris))
             stack.enter_context(_evaluation_mode(module))
             stack.enter_context(_unscheduled(module))
-        if lycoris is not None:
-            stack.enter_context(_lycoris_off(lycoris))
+            stack.enter_context(_no_backward(module))
+        if isinstance(lycoris, nn.Module):
+            stack.enter_context(_no_backward(lycoris))
         stack.enter_context(torch.no_grad())
         yield
 
 
 def has_adapter(module: nn.Module) -> bool:
+    """Whether an adapter of peft or LyCORIS sits on a layer of ``module``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+    tuned = any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+    return tuned or next(lycoris_layers(module), None) is not None
+
+
+def check_base(module: nn.Module) -> None:
+    """Raise ValueError when a LoRA was initialised from the base weights and changed them: the model with its adapter
+    off is then not the model that was loaded."""
+    configs: Any = getattr(module, "peft_config", {})
+    for name, config in configs.items():
+        how = getattr(config, "init_lora_weights", True)
+        if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"the adapter {name!r} has init_lora_weights={how!r}, which changes the base weights, so the model "
+                "with its adapter off is no teacher: initialise it otherwise, or pass a separate student_model"
+            )
 
 
 def _switchable(module: nn.Module) -> list[Any]:
@@ -87,13 +111,19 @@ def _unscheduled(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _lycoris_off(network: Any) -> Iterator[None]:
-    layers = [network, *getattr(network, "loras", ())]
-    entry = [(layer, layer.multiplier) for layer in layers if hasattr(layer, "multiplier")]
+def _no_backward(module: nn.Module) -> Iterator[None]:
+    """One hook tells of every backward: all of a student's losses reach its first trained parameter."""
+    parameter = next((p for p in module.parameters() if p.requires_grad), None)
+    handle = None if parameter is None else parameter.register_hook(_refuse)
     try:
-        for layer, multiplier in entry:
-            layer.multiplier = multiplier * 0
         yield
     finally:
-        for layer, multiplier in entry:
-            layer.multiplier = multiplier
+        if handle is not None:
+            handle.remove()
+
+
+def _refuse(grad: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "backward inside of teacher_mode: checkpointed blocks would be recomputed with the adapter off, and its "
+        "gradients would be wrong. Leave teacher_mode first."
+    )

@@ -1,0 +1,124 @@
+"""The two times of a forward: from what the caller, a sampler or a pipeline gives to float32 pairs (t, r)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..families import FamilySpec
+
+Pair = tuple[Tensor, Tensor]  # t and r, float32, of one shape
+
+
+class Schedule(NamedTuple):
+    """What a sampler lays on the models that it drives, in sigma. Without a grid, no step is due: then r = t."""
+
+    start: Tensor | None = None  # of the due step, one element
+    end: Tensor | None = None
+    grid: Tensor | None = None  # all steps' starts, and 0
+
+
+def second_time(spec: FamilySpec, arg: str) -> str:
+    """The name in forward of the lower time that goes with the time argument ``arg``."""
+    return "r_timestep" if arg == spec.timestep_arg else f"r_{arg}"
+
+
+def take_native(
+    spec: FamilySpec, arguments: dict[str, Any], second: dict[str, Any], schedule: Schedule | None
+) -> None:
+    """Settle r for a class that has a second time itself: what the caller gives under either name, and r = t where
+    forward does not do without. A sampler's schedule goes before what its pipeline has made of it."""
+    assert spec.native is not None
+    main = spec.timestep_arg
+    if second[main] is None and schedule is None:
+        second[main] = arguments.get(spec.native.arg)
+        if second[main] is None and spec.native.required:
+            second[main] = arguments[main]
+
+
+def all_times(
+    spec: FamilySpec, arguments: Mapping[str, Any], second: Mapping[str, Any], schedule: Schedule | None
+) -> dict[str, Pair]:
+    """(t, r) of every time argument; one that is not given has those of the main one."""
+    times: dict[str, Pair] = {}
+    for arg in spec.time_args:
+        timestep, r = arguments.get(arg), second[arg]
+        if timestep is None and r is None and times:
+            times[arg] = times[spec.timestep_arg]
+        elif r is None and second[spec.timestep_arg] is None:
+            assert schedule is not None
+            times[arg] = scheduled_times(timestep, schedule, spec)
+        else:
+            given = second[spec.timestep_arg] if r is None else r
+            times[arg] = explicit_times(arguments[spec.timestep_arg] if timestep is None else timestep, given)
+    return times
+
+
+def stock_arguments(spec: FamilySpec, arguments: dict[str, Any], times: Mapping[str, Pair]) -> dict[str, Any]:
+    """What the stock forward is given: its times in the dtype that it needs, and a native r."""
+    sample = arguments.get(spec.sample_arg)
+    if spec.time_dtype == "model" and isinstance(sample, Tensor):
+        arguments[spec.timestep_arg] = times[spec.timestep_arg][0].to(sample.dtype)
+    if spec.native is not None:
+        r = times[spec.timestep_arg][1]
+        arguments[spec.native.arg] = r.to(sample.dtype) if spec.time_dtype == "model" and sample is not None else r
+    return arguments
+
+
+def as_time(value: Any, like: Any) -> Tensor:
+    """A time argument as a float32 tensor, on the device of ``like`` when it is a plain number."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32)
+    device = like.device if isinstance(like, Tensor) else None
+    return torch.as_tensor(value, dtype=torch.float32, device=device)
+
+
+def explicit_times(timestep: Any, r_timestep: Any) -> Pair:
+    t, r = as_time(timestep, r_timestep), as_time(r_timestep, timestep)
+    if t.device != r.device and t.ndim and r.ndim:
+        raise ValueError(f"r_timestep is on {r.device}, the time argument on {t.device}")
+    if t.shape == r.shape:
+        return t, r
+    if r.numel() == 1:
+        return t, r.reshape(()).to(t.device).expand(t.shape)
+    if t.numel() == 1:
+        return t.reshape(()).to(r.device).expand(r.shape), r
+    raise ValueError(f"r_timestep of shape {tuple(r.shape)} does not fit a time argument of shape {tuple(t.shape)}")
+
+
+def scheduled_times(timestep: Any, schedule: Schedule, spec: FamilySpec) -> Pair:
+    """t and r where a sampler drives the model: the interval of the step that is due, from its own float32 sigmas,
+    whatever the pipeline has rounded; and for rows at other levels, the step from theirs."""
+    t = timestep.to(torch.float32) if isinstance(timestep, Tensor) else torch.tensor(float(timestep))
+    if schedule.grid is None:
+        return t, t
+    start, end, grid = (sigmas.to(t.device) for sigmas in schedule)
+    given = spec.sigma(t)
+    due = (given - start).abs() <= _rounding(timestep)
+    sigma, below = next_on_grid(given, grid)
+    sigma, below = torch.where(due, start, sigma), torch.where(due, end, below)
+    return spec.model_time(sigma), spec.model_time(below)
+
+
+def next_on_grid(sigma: Tensor, grid: Tensor) -> Pair:
+    """For each sigma on ``grid`` [N + 1], which falls to 0, itself without rounding, and the next one below it. One
+    that is not on the grid stays where it is, as the clean and the held rows of a condition do: r = t."""
+    distance = (sigma.unsqueeze(-1) - grid).abs()
+    index = distance.argmin(-1)
+    on_grid = distance.amin(-1) <= _ROUNDING[torch.bfloat16]
+    return (
+        torch.where(on_grid, grid[index], sigma),
+        torch.where(on_grid, grid[(index + 1).clamp_max(grid.numel() - 1)], sigma),
+    )
+
+
+# How far, in sigma, the times that a pipeline hands in can be from its schedule. Half precision: twice rounded to 8
+# bits (1000 sigma, then / 1000); integers: truncated.
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+def _rounding(timestep: Any) -> float:
+    return _ROUNDING.get(timestep.dtype, 1.1e-3) if isinstance(timestep, Tensor) else 1e-5
