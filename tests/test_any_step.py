@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ def check_steps(pipe: Any, module: Any, name: str, steps: int, monkeypatch: pyte
     runs = sum(end == 0.0 for _, end, _ in taken)  # some pipelines make a video in several runs of the loop
     assert runs and taken[-1][1] == 0.0
     assert len(taken) == runs * (steps if "strength" not in module.PIPELINES[name]["call"] else max(1, steps // 2))
-    for (_, end, _), (start, _, _) in zip(taken, taken[1:], strict=False):
+    for (_, end, _), (start, _, _) in pairwise(taken):
         assert start == (taken[0][0] if end == 0.0 else end)
     # A pass that fills a cache of clean tokens has t = r = 0; all others are of a step, equally many for each.
     calls = [(t, r) for t, r in record.calls if (t.abs() > 1e-6).any() or (r.abs() > 1e-6).any()]
@@ -178,7 +179,7 @@ def test_frames_that_step_on_their_own(name: str, steps: int) -> None:
         for t, r in record.calls
         for a, b in zip(t.flatten().tolist(), r.flatten().tolist(), strict=True)
     }
-    expected = {(round_5(a), round_5(b)) for a, b in zip(grid, grid[1:], strict=False)}
+    expected = {(round_5(a), round_5(b)) for a, b in pairwise(grid)}
     assert seen - {(0.0, 0.0)} == expected
 
 
@@ -235,7 +236,11 @@ def test_guidance_is_off_unless_asked_for(module: Any, name: str) -> None:
 
         for model in denoisers(pipe):
             model.register_forward_pre_hook(note, with_kwargs=True)
-        arguments = {k: v for k, v in module.call_kwargs(name, True).items() if "guidance_scale" not in k and k != "true_cfg_scale"}
+        arguments = {
+            k: v
+            for k, v in module.call_kwargs(name, True).items()
+            if "guidance_scale" not in k and k != "true_cfg_scale"
+        }
         with anyflow.any_step(pipe, **options):
             pipe(**arguments, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
         return count

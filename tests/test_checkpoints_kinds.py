@@ -264,6 +264,21 @@ class TestEma:
         with pytest.raises(ValueError, match=r"proj_out\.weight'\] are trained, but"):
             save_student(held, tmp_path, ema=ema)
 
+    def test_a_file_without_an_average_of_everything(self, tmp_path: Path) -> None:
+        held, _, distiller = students.trained(SD3, "lora", ema=average)
+        ema: Any = distiller.average  # type: ignore[attr-defined]
+        save_student(held, tmp_path, ema=ema)
+        path = tmp_path / EMA_FILE
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+        tensors = load_file(path)
+        lost = next(key for key in tensors if "lora_B" in key)
+        save_file({key: tensor for key, tensor in tensors.items() if key != lost}, path, metadata)
+        before = [shadow.clone() for shadow in ema.shadow_params]
+        with pytest.raises(ValueError, match=lost):
+            load_student(held, tmp_path, ema=ema)
+        assert all(torch.equal(a, b) for a, b in zip(before, ema.shadow_params, strict=True))
+
     def test_a_copy_under_lycoris_is_refused(self, tmp_path: Path) -> None:
         held, network = students.make(SD3, "lycoris lokr")
         with pytest.raises(ValueError, match=r"average by an EMAModel"):

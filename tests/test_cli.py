@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ from torch import Tensor
 import anyflow
 from anyflow.checkpoints import NAMINGS, STUDENT_FILE
 from anyflow.cli import main
+from anyflow.families import registry
+from anyflow.families.registry import find_spec
 
 OURS = "condition_embedder.delta_embedder."
 PATHS = {
@@ -295,6 +298,12 @@ class TestRefusals:
     def test_a_naming_of_one_family(self, tmp_path: Path, capsys: Any) -> None:
         source = anyflow.save_student(students.make(SD3, "lora")[0], tmp_path)
         self.refuse(capsys, source, "r-embedder", "known for WanTransformer3DModel, not for SD3Transformer2DModel")
+
+    def test_a_class_of_nobody(self, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        spec = dataclasses.replace(find_spec(WAN), class_name="TheirTransformer")
+        monkeypatch.setitem(registry._specs, "TheirTransformer", spec)
+        edit(whole, lambda _: None, {"family": "TheirTransformer"})
+        self.refuse(capsys, whole, "delta-prefix", "TheirTransformer is no class of diffusers")
 
     def test_a_class_without_defaults(self, tmp_path: Path, capsys: Any) -> None:
         model = zoo.build("EasyAnimateTransformer3DModel")

@@ -29,7 +29,11 @@ PATCHED = tuple(name for name in zoo.NAMES if name not in (*NATIVE, *NATIVE_VARI
 # The pass of Wan Animate 2 that fills the cache of the reference runs at a fixed time, whatever it is given.
 BLIND = ("WanAnimate2Transformer3DModel",)
 # Flex attention: no backward on a CPU, and its block mask is compiled by inductor, which takes half a minute.
-FORWARD_ONLY = ("Kandinsky6SRTransformer3DModel", "AnyFlowFARTransformer3DModel", "WanAnimate2Transformer3DModel:cached")
+FORWARD_ONLY = (
+    "Kandinsky6SRTransformer3DModel",
+    "AnyFlowFARTransformer3DModel",
+    "WanAnimate2Transformer3DModel:cached",
+)
 COMPILED_BY_STOCK = ("WanAnimate2Transformer3DModel:cached",)
 # The stock forward rounds these times, or computes their sinusoid, in the dtype of the model.
 EXACT = torch.tensor([0.5, 0.25, 0.125, 0.0625])  # 1, 1000 and 1 - of these are bfloat16 numbers
@@ -107,7 +111,9 @@ class Case:
 
 def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     """A cache that a forward writes to is not shared between two of them."""
-    return {key: copy.deepcopy(value) if type(value).__name__.endswith("Cache") else value for key, value in inputs.items()}
+    return {
+        key: copy.deepcopy(value) if type(value).__name__.endswith("Cache") else value for key, value in inputs.items()
+    }
 
 
 @torch.no_grad()
@@ -255,6 +261,7 @@ def test_times_reach_the_sinusoid_in_float32(name: str) -> None:
         layers = [first_layer(delta.float()) for delta in deltas]
         facts = zoo.FACTS[zoo.class_of(name)]["time"]
         near = case.r + 1e-4 * facts["scale"]
+
         # The clone casts by its own dtype or is called with the model's; only its input matters here.
         def run(r: Tensor, case: Case = case) -> None:
             try:
@@ -270,9 +277,7 @@ def test_times_reach_the_sinusoid_in_float32(name: str) -> None:
             # Krea 2 rounds the features itself; past the first channels, Chroma's are no times.
             a, b = (x[..., :4] if name.startswith("Chroma") else x for x in (a.to(b.dtype), b))
             torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
-    assert whole or any(
-        not torch.equal(a, b) for a, b in zip(*seen[torch.bfloat16], strict=False)
-    )
+    assert whole or any(not torch.equal(a, b) for a, b in zip(*seen[torch.bfloat16], strict=False))
 
 
 @pytest.mark.parametrize("name", [*NATIVE[2:], *NATIVE_VARIANTS])
@@ -290,7 +295,7 @@ def test_native_times_reach_the_sinusoid_in_float32(name: str) -> None:
         case(case.r + 1e-4 * zoo.FACTS[zoo.class_of(name)]["time"]["scale"])
         seen[dtype] = found
     # The refiner of HunyuanVideo 1.5 and the constant time 0 of Flux3 are stock calls; all else is float32.
-    wide = [f for f in seen[torch.float32]]
+    wide = seen[torch.float32]
     matched = [any(torch.allclose(a, b, rtol=0, atol=1e-6) for b in wide) for a in seen[torch.bfloat16]]
     assert sum(matched) >= 4
     distinct = [a for a, ok in zip(seen[torch.bfloat16], matched, strict=True) if ok]
@@ -338,9 +343,7 @@ def test_native_second_time(name: str) -> None:
     arg = "target_timestep" if arg is None else arg.arg
     with torch.no_grad():
         time = {zoo.FACTS[zoo.class_of(name)]["time"]["arg"]: case.t}
-        stock = [
-            zoo.flat(case.model(**case.inputs, **time, **{arg: r}, return_dict=False)) for r in (case.r, case.t)
-        ]
+        stock = [zoo.flat(case.model(**case.inputs, **time, **{arg: r}, return_dict=False)) for r in (case.r, case.t)]
     record = anyflow.patch(case.model)
     assert "second time of the class itself" in str(record)
     assert torch.equal(case(case.r), stock[0]) and torch.equal(case(None), stock[1])
@@ -391,7 +394,7 @@ def test_breaks_no_graph_that_stock_does_not(name: str) -> None:
         case(None if name not in NEED_R else case.r)
         compiled = torch.compile(case.model, backend="eager", fullgraph=True, dynamic=False)
         r = case.r if patched else None
-        with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (dynamo has several kinds)
+        with pytest.raises(Exception) as caught:  # noqa: PT011 (dynamo has several kinds)
             case(r, compiled)
         trace = str(caught.value)
         assert "/diffusers/models/" in trace[trace.rfind("/anyflow/") + 1 :]
@@ -442,7 +445,9 @@ def test_a_distilling_step(name: str) -> None:
         one = anyflow.AnyFlowDistiller(teacher, student, config={"teacher_rollout_steps": 1})
     prepared = one.prepare_batch(batch)
     with torch.no_grad():
-        time = {spec.timestep_arg: spec.model_time(sigmas).expand(case.t.shape) if case.t.ndim else spec.model_time(sigmas)}
+        time = {
+            spec.timestep_arg: spec.model_time(sigmas).expand(case.t.shape) if case.t.ndim else spec.model_time(sigmas)
+        }
         native = one.student.spec.native
         if native is not None and native.required:
             time[native.arg] = prepared["timesteps"]
@@ -463,3 +468,89 @@ def test_a_distilling_step(name: str) -> None:
     assert loss.isfinite() and 0 < logs["anyflow_interval"] < 1
     for key, parameter in anyflow.delta_parameters(student):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+
+
+FRAMEWISE = {  # sigmas that a batch may bring, and the frame or the tokens that stay clean
+    "WanTransformer3DModel": ("frames", {}),
+    "LTXVideoTransformer3DModel": ("tokens", {}),
+    "Ideogram4Transformer2DModel": ("tokens", {}),
+    "SkyReelsV2Transformer3DModel": ("frames", {"enable_diffusion_forcing": True}),
+    "SanaVideoTransformer3DModel": ("frames", {}),
+    "SanaWMTransformer3DModel": ("frames", {}),
+    "AnyFlowTransformer3DModel": ("frames", {}),
+    "CosmosTransformer3DModel": ("frames", {}),
+}
+
+
+@pytest.mark.parametrize("name", FRAMEWISE)
+def test_clean_first_frame_and_intervals_of_their_own(name: str) -> None:
+    """Image-to-video: the first frame (or token) has t = r = 0, the others intervals of their own; nothing divides."""
+    case = Case(name)
+    kind, extra = FRAMEWISE[name]
+    spec = find_spec(name)
+    latents = case.inputs["hidden_states"]
+    if name == "CosmosTransformer3DModel":
+        latents = latents.repeat(1, 1, 2, 1, 1)
+    count = latents.shape[1] if kind == "tokens" else latents.shape[spec.frame_dim]
+    sigmas = torch.linspace(0.0, 0.9, count).repeat(len(latents), 1)
+    r = sigmas * torch.linspace(0.2, 0.8, count)
+    batch = {
+        "latents": latents,
+        "noise": torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)),
+        "sigmas": sigmas,
+        "r_sigmas": r,
+        "conditioning": {**{k: v for k, v in case.inputs.items() if k != "hidden_states"}, **extra},
+    }
+    student = copy.deepcopy(case.model)
+    distiller = anyflow.AnyFlowDistiller(case.model, student, config={"teacher_rollout_steps": 4})
+    prepared = distiller.prepare_batch(batch)
+    index = (slice(None), 0) if kind == "tokens" or spec.frame_dim == 1 else (slice(None), slice(None), 0)
+    assert torch.equal(prepared["noisy_latents"][index], latents[index])
+    assert prepared["target"].isfinite().all()
+    time, r_time = (spec.sigma(prepared[key]) for key in ("timesteps", "flowmap_r_timesteps"))
+    per = time.numel() // sigmas.numel()  # patches of a frame
+    for got, wanted in ((time, sigmas), (r_time, r)):
+        torch.testing.assert_close(got.reshape(len(latents), count, per), wanted[..., None].expand(-1, -1, per))
+    loss, logs = distiller.training_step(batch)
+    loss.backward()
+    assert loss.isfinite()
+    torch.testing.assert_close(logs["anyflow_interval"], (sigmas - r).mean())
+    for key, parameter in anyflow.delta_parameters(student):
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+
+
+class TestRefusals:
+    def test_sana_sprint(self) -> None:
+        model = zoo.build("SanaTransformer2DModel:guidance", timestep_scale=1000.0)
+        with pytest.raises(ValueError, match="TrigFlow"):
+            anyflow.patch(model)
+        assert not anyflow.is_patched(model)
+
+    @pytest.mark.parametrize(
+        ("pipeline", "name", "why"),
+        [
+            ("CosmosTextToWorldPipeline", "CosmosTransformer3DModel", "log"),
+            ("CosmosVideoToWorldPipeline", "CosmosTransformer3DModel", "log"),
+            ("Cosmos2TextToImagePipeline", "CosmosTransformer3DModel", "preconditioned"),
+            ("Cosmos2VideoToWorldPipeline", "CosmosTransformer3DModel", "preconditioned"),
+            ("SanaSprintPipeline", "SanaTransformer2DModel", "TrigFlow"),
+        ],
+    )
+    def test_pipelines_whose_time_is_not_linear_in_sigma(self, pipeline: str, name: str, why: str) -> None:
+        import diffusers
+
+        stock = getattr(diffusers, pipeline)
+        pipe = stock.__new__(stock)  # its other components have nothing to do with it
+        pipe.__dict__["transformer"] = model = zoo.build(name)
+        with pytest.raises(ValueError, match=why):
+            anyflow.patch(pipe)
+        assert not anyflow.is_patched(model)
+        anyflow.patch(model)  # the bare class serves flow models as well
+        with pytest.raises(ValueError, match=why), anyflow.any_step(pipe):
+            pass
+
+    def test_a_time_of_another_modality_without_its_own_r(self) -> None:
+        case = Case("LTX2VideoTransformer3DModel:tokenwise")
+        anyflow.patch(case.model)
+        with pytest.raises(ValueError, match="does not fit"):
+            case.model(**case.inputs, timestep=case.t, r_timestep=case.r, audio_timestep=case.t[:, 0])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import tiny_models
-import torch
 import zoo
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -133,8 +132,7 @@ def test_experts_of_nucleus() -> None:
     model = patched(NUCLEUS, **EXPERTS)
     targets = [t for t in anyflow.lora_targets(model) if t.startswith("transformer_blocks.1.img_mlp")]
     assert targets and all(".shared_expert." in target for target in targets)
-    with torch.no_grad():
-        assert model.get_submodule("transformer_blocks.1.img_mlp.gate").weight.ndim == 2
+    assert isinstance(model.get_submodule("transformer_blocks.1.img_mlp.gate"), nn.Linear)
 
 
 @pytest.mark.parametrize("name", LORA_RULES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 import anyflow
 from anyflow import AnyFlowDistiller, AnyStepScheduler, any_step
 from anyflow.families import find_spec
+from anyflow.patching.times import next_on_grid
 from anyflow.patching.unwrap import denoisers
 from anyflow.time import shift_sigma
 
@@ -265,10 +267,103 @@ class TestRefusals:
         with pytest.raises(ValueError, match="epsilon"), any_step(pipe):
             pass
 
-    @pytest.mark.parametrize("scheduler", [DDIMScheduler(), FlowMatchEulerDiscreteScheduler(invert_sigmas=True)])
-    def test_schedulers_that_are_not_noise_to_data_flows(self, scheduler: Any) -> None:
-        with pytest.raises(ValueError, match=r"not a flow-matching|invert_sigmas"):
-            AnyStepScheduler.like(scheduler)
+    def test_schedulers_that_are_not_noise_to_data_flows(self) -> None:
+        with pytest.raises(ValueError, match="not a flow-matching"):
+            AnyStepScheduler.like(DDIMScheduler())
+
+    @pytest.mark.parametrize("sigmas", [[], [1.2, 0.5], [0.5, 0.5], [0.2, 0.8], [0.5, 0.0], [float("nan")]])
+    def test_a_grid_that_does_not_fall(self, sigmas: list[float]) -> None:
+        with pytest.raises(ValueError, match="must fall"), any_step(patched("FluxPipeline"), sigmas=sigmas):
+            pass
+
+
+class TestSchedules:
+    def driven(self, **config: Any) -> tuple[Any, AnyStepScheduler]:
+        model = tiny_models.build("SD3Transformer2DModel")
+        anyflow.patch(model)
+        return model, AnyStepScheduler.like(FlowMatchEulerDiscreteScheduler(**config), [model])
+
+    def test_inverted_schedules_are_told_in_sigma(self) -> None:
+        """Mochi, OmniGen: the scheduler counts 1 - sigma upwards; x moves by the dataward velocity."""
+        model, scheduler = self.driven(invert_sigmas=True, num_train_timesteps=1)
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == [0.0, 0.25, 0.5, 0.75]
+        assert [s.item() for s in model._flowmap_schedule[:2]] == [1.0, 0.75]
+        moved = scheduler.step(torch.ones(1), scheduler.timesteps[0], torch.zeros(1)).prev_sample
+        assert moved.item() == 0.25 and [s.item() for s in model._flowmap_schedule[:2]] == [0.75, 0.5]
+        assert scheduler.r_timestep_for(torch.tensor(0.25)).item() == 0.5
+
+    def test_a_terminal_shift_is_left_out(self) -> None:
+        """It divides 0 by 0 on one step; an any-step grid ends in 0 by itself."""
+        _, scheduler = self.driven(shift=3.0, shift_terminal=0.1)
+        scheduler.set_timesteps(1)
+        assert scheduler.sigmas.tolist() == [1.0, 0.0]
+        scheduler.set_timesteps(2)
+        assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.0]
+
+    def test_copies_drive_no_model(self) -> None:
+        model, scheduler = self.driven()
+        scheduler.set_timesteps(4)
+        other = copy.deepcopy(scheduler)
+        other.step(torch.zeros(1), other.timesteps[0], torch.zeros(1))
+        assert other.step_index == 1 and scheduler.step_index is None
+        assert [s.item() for s in model._flowmap_schedule[:2]] == [1.0, 0.75]
+
+    def test_truncated_timesteps_step_from_their_own(self) -> None:
+        _, scheduler = self.driven(shift=3.0)
+        scheduler.set_timesteps(4)
+        for timestep in scheduler.timesteps.long():
+            scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+        assert scheduler.step_index == 4
+
+    def test_a_grid_of_the_users(self) -> None:
+        pipe = patched("FluxPipeline")
+        seen = record_times(pipe)
+        with any_step(pipe, sigmas=[1.0, 0.6, 0.5]):
+            pipe.scheduler.set_shift(1.0)
+            tiny_pipelines.sample(pipe, "FluxPipeline", steps=7)
+        mu_shifted = [round(t.flatten()[0].item(), 3) for t, _ in seen]
+        assert len(mu_shifted) == 3 and mu_shifted[0] == 1.0 and mu_shifted[0] > mu_shifted[1] > mu_shifted[2]
+
+
+def test_between_the_loops_of_a_call_r_is_t() -> None:
+    """A call of the model that no step is due for (one that fills a cache) is the flow map at r = t, not stock."""
+    pipe = patched("StableDiffusion3Pipeline")
+    (model,) = denoisers(pipe)
+    inputs = tiny_models.inputs("SD3Transformer2DModel")
+    t = tiny_models.times("SD3Transformer2DModel", [0.9, 0.4])
+    with torch.no_grad():
+        stock = tiny_models.call(model, "SD3Transformer2DModel", inputs, t)
+        at_t = tiny_models.call(model, "SD3Transformer2DModel", inputs, t, t)
+        with any_step(pipe):
+            assert torch.equal(tiny_models.call(model, "SD3Transformer2DModel", inputs, t), at_t)
+            tiny_pipelines.sample(pipe, "StableDiffusion3Pipeline", steps=1)
+            assert torch.equal(tiny_models.call(model, "SD3Transformer2DModel", inputs, t), at_t)
+        assert torch.equal(tiny_models.call(model, "SD3Transformer2DModel", inputs, t), stock)
+
+
+def test_levels_on_the_grid_step_from_there_and_others_stay() -> None:
+    grid = torch.tensor([1.0, 0.9, 0.6, 0.0])
+    t, r = next_on_grid(torch.tensor([[1.0, 0.9004, 0.6, 0.0, 0.95, 0.3]]), grid)
+    torch.testing.assert_close(t, torch.tensor([[1.0, 0.9, 0.6, 0.0, 0.95, 0.3]]))
+    torch.testing.assert_close(r, torch.tensor([[0.9, 0.6, 0.0, 0.0, 0.95, 0.3]]))
+
+
+@pytest.mark.parametrize("given", [{"guidance_scale": 5.0}, {}], ids=["asked", "not"])
+def test_classifier_free_guidance_only_when_asked_for(given: dict[str, float]) -> None:
+    pipe = patched("StableDiffusion3Pipeline")  # its own default is a scale of 7
+    arguments = {
+        k: v for k, v in tiny_pipelines.call_kwargs("StableDiffusion3Pipeline").items() if k != "guidance_scale"
+    }
+    batches: list[int] = []
+    (model,) = denoisers(pipe)
+    model.register_forward_pre_hook(lambda _, a, k: batches.append(len(k["hidden_states"])), with_kwargs=True)
+    with any_step(pipe):
+        pipe(**arguments, **given, num_inference_steps=2)
+    assert batches == ([2, 2] if given else [1, 1])
+    with any_step(pipe, guidance=True):
+        pipe(**arguments, num_inference_steps=1)
+    assert batches[-1] == 2
 
 
 def test_validation_scheduler_of_the_distiller() -> None:

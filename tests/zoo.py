@@ -63,11 +63,14 @@ def _cached(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-# config: differs from the class' tiny config; inputs: a function of its inputs and the model; time: shape of the times, and the
-# latents' dimension sizes are those of the class; levels: the times of further arguments.
+# config: differs from the class' tiny config; inputs: a function of its inputs and the model; time: the shape of the
+# times, or "tokens", "frames" or "B 1 F 1 1" of its latents; levels: the shapes of the times of further arguments.
 VARIANTS: dict[str, dict[str, Any]] = {
     "WanTransformer3DModel:tokenwise": {"time": "tokens"},
-    "SkyReelsV2Transformer3DModel:framewise": {"time": "frames", "inputs": lambda *_: {"enable_diffusion_forcing": True}},
+    "SkyReelsV2Transformer3DModel:framewise": {
+        "time": "frames",
+        "inputs": lambda *_: {"enable_diffusion_forcing": True},
+    },
     "LTXVideoTransformer3DModel:tokenwise": {"time": "tokens"},
     "LTX2VideoTransformer3DModel:tokenwise": {"time": "tokens", "levels": {"audio_timestep": [2]}},
     "Ideogram4Transformer2DModel:tokenwise": {"time": [1, 8]},

@@ -4,8 +4,8 @@ A ``Denoiser`` predicts in the model's own sign from latents and sigma. Two kind
 conditioning stands in the batch under ``conditioning``, and a trainer's object with ``model_predict``.
 
 Of a bare model's conditioning, two kinds of keys are not passed as they are. Under the name of the latents stand the
-channels that the family's pipeline sets beside them (the image of image-to-video). Under the names of packed times, and
-of further time arguments (``audio_timestep``), stands 1 for each entry that is at the sample's sigma, 0 for a clean one.
+channels that the family's pipeline sets beside them (the image of image-to-video). Under the names of packed times and
+of further time arguments (``audio_timestep``) stands 1 for each entry at the sample's sigma, 0 for a clean one.
 """
 
 from __future__ import annotations

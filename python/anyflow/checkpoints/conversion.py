@@ -19,7 +19,7 @@ from .namings import NAMINGS, WAN, Naming
 from .plain import plain_name
 from .student import FORMAT_VERSION, STUDENT_FILE
 
-_PREFIXES = ("base_model.model.", "transformer.", "unet.", "module.", "_orig_mod.")
+_PREFIXES = ("base_model.model.", "transformer.", "unet.", "module.")
 _FACTOR = re.compile(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$")
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.[^.]+)*$")
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -245,7 +245,9 @@ def _check_names(checkpoint: Checkpoint, model: str, sites: Iterable[EmbedderSit
 def _names_of(model: str, config: Mapping[str, Any]) -> set[str]:
     import diffusers
 
-    kind = getattr(diffusers, model)
+    kind = getattr(diffusers, model, None)
+    if kind is None:
+        raise ValueError(f"{model} is no class of diffusers, so the names of its tensors are not known")
     accepted = inspect.signature(kind.__init__).parameters
     try:
         with torch.device("meta"):

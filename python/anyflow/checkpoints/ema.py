@@ -39,6 +39,8 @@ def plan_list(where: str, ema: Any, tensors: Mapping[str, Tensor], metadata: Map
         raise ValueError(f"{where} was saved from a model, not from an EMAModel: load it into one")
     saved = json.loads(metadata["ema"])
     names = saved.pop("names")
+    if not tensors.keys() >= set(names):
+        raise ValueError(f"{where} lacks {sorted(set(names) - tensors.keys())}; nothing was loaded")
     _check_list([tuple(tensors[name].shape) for name in names], ema.shadow_params, names)
 
     def put() -> None:

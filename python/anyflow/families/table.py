@@ -365,9 +365,7 @@ SPECS = (
     FamilySpec(
         class_name="PRXTransformer2DModel",
         time_scale=1.0,
-        sites=(
-            EmbedderSite("time_in", Sinusoid(256, scale="time_factor", max_period="time_max_period")),
-        ),
+        sites=(EmbedderSite("time_in", Sinusoid(256, scale="time_factor", max_period="time_max_period")),),
     ),
     FamilySpec(
         class_name="PixArtTransformer2DModel",
@@ -415,22 +413,14 @@ SPECS = (
         time_scale=1000.0,
         guidance_off={"true_cfg_scale": 1.0},
         # With image_condition_type "token_replace", the tokens of the first frame are at time 0.
-        sites=(
-            EmbedderSite(
-                "time_text_embed.timestep_embedder", "time_text_embed.time_proj", calls=(TIME, CONSTANT)
-            ),
-        ),
+        sites=(EmbedderSite("time_text_embed.timestep_embedder", "time_text_embed.time_proj", calls=(TIME, CONSTANT)),),
         left=(("time_text_embed.guidance_embedder", _GUIDANCE), _REFINER),
     ),
     FamilySpec(
         class_name="HunyuanVideoFramepackTransformer3DModel",
         time_scale=1000.0,
         guidance_off={"true_cfg_scale": 1.0},
-        sites=(
-            EmbedderSite(
-                "time_text_embed.timestep_embedder", "time_text_embed.time_proj", calls=(TIME, CONSTANT)
-            ),
-        ),
+        sites=(EmbedderSite("time_text_embed.timestep_embedder", "time_text_embed.time_proj", calls=(TIME, CONSTANT)),),
         left=(("time_text_embed.guidance_embedder", _GUIDANCE), _REFINER),
     ),
     FamilySpec(

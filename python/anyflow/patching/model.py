@@ -146,11 +146,13 @@ def embedded_sites(spec: FamilySpec) -> tuple[tuple[EmbedderSite, Embeds], ...]:
 def begin(
     model: Any, site: EmbedderSite, embeds: Embeds, arguments: Mapping[str, Any], times: Mapping[str, Pair]
 ) -> tuple[list[Any], FlowMapCall]:
-    """Hand the times of its calls to the embedder of a site, and to its copies if peft keeps some in modules_to_save."""
+    """Hand the times of its calls to the embedder of a site, and to the copies that peft keeps in modules_to_save."""
     spec: FamilySpec = model._flowmap.spec
     call = FlowMapCall(
         times=tuple(
-            _call_times(rows, site, times, spec) for rows in site.calls if takes_place(rows, arguments, config_of(model))
+            _call_times(rows, site, times, spec)
+            for rows in site.calls
+            if takes_place(rows, arguments, config_of(model))
         ),
         sinusoid=find_sinusoid(model, site),
         deltatime_type=model._flowmap.op_deltatime_type(),
@@ -165,14 +167,13 @@ def begin(
     return embedders, call
 
 
-def _call_times(
-    rows: Rows, site: EmbedderSite, times: Mapping[str, Pair], spec: FamilySpec
-) -> CallTimes | None:
+def _call_times(rows: Rows, site: EmbedderSite, times: Mapping[str, Pair], spec: FamilySpec) -> CallTimes | None:
     if rows.of == "constant":
         return None
     t, r = times[spec.timestep_arg if rows.of == "time" else rows.of]
     if site.whole_times:
         t, r = t.trunc(), r.trunc()
+    assert not isinstance(site.pre_scale, str)  # resolved
     if site.pre_scale != 1.0:
         t, r = t * site.pre_scale, r * site.pre_scale
     return CallTimes(t, r, rows.constant_tail)
@@ -191,8 +192,8 @@ def find_sinusoid(model: Any, site: EmbedderSite) -> Features | None:
             max_period=site.sinusoid.max_period,
         )
     if has_module(model, site.sinusoid):
-        return model.get_submodule(site.sinusoid)  # type: ignore[no-any-return]
-    return getattr(model, site.sinusoid)  # type: ignore[no-any-return]
+        return model.get_submodule(site.sinusoid)
+    return getattr(model, site.sinusoid)
 
 
 def check_seen(site: EmbedderSite, embedders: list[Any], call: FlowMapCall) -> None:

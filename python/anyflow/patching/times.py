@@ -14,11 +14,14 @@ Pair = tuple[Tensor, Tensor]  # t and r, float32, of one shape
 
 
 class Schedule(NamedTuple):
-    """What a sampler lays on the models that it drives, in sigma. Without a grid, no step is due: then r = t."""
+    """What a sampler lays on the models that it drives, in sigma."""
 
-    start: Tensor | None = None  # of the due step, one element
-    end: Tensor | None = None
-    grid: Tensor | None = None  # all steps' starts, and 0
+    start: Tensor  # of the due step, one element
+    end: Tensor
+    grid: Tensor  # all steps' starts, and 0
+
+
+NO_STEP = Schedule(*(torch.empty(0) for _ in range(3)))  # none is due: r = t
 
 
 def second_time(spec: FamilySpec, arg: str) -> str:
@@ -26,9 +29,7 @@ def second_time(spec: FamilySpec, arg: str) -> str:
     return "r_timestep" if arg == spec.timestep_arg else f"r_{arg}"
 
 
-def take_native(
-    spec: FamilySpec, arguments: dict[str, Any], second: dict[str, Any], schedule: Schedule | None
-) -> None:
+def take_native(spec: FamilySpec, arguments: dict[str, Any], second: dict[str, Any], schedule: Schedule | None) -> None:
     """Settle r for a class that has a second time itself: what the caller gives under either name, and r = t where
     forward does not do without. A sampler's schedule goes before what its pipeline has made of it."""
     assert spec.native is not None
@@ -93,7 +94,7 @@ def scheduled_times(timestep: Any, schedule: Schedule, spec: FamilySpec) -> Pair
     """t and r where a sampler drives the model: the interval of the step that is due, from its own float32 sigmas,
     whatever the pipeline has rounded; and for rows at other levels, the step from theirs."""
     t = timestep.to(torch.float32) if isinstance(timestep, Tensor) else torch.tensor(float(timestep))
-    if schedule.grid is None:
+    if not schedule.grid.numel():
         return t, t
     start, end, grid = (sigmas.to(t.device) for sigmas in schedule)
     given = spec.sigma(t)

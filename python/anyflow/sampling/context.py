@@ -80,21 +80,23 @@ def _patched_guides(pipe: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def unguided(pipe: Any, models: Sequence[nn.Module]) -> Iterator[None]:
+def unguided(pipe: Any, models: Sequence[Any]) -> Iterator[None]:
     """Inside the block, calls of ``pipe`` that do not ask for classifier-free guidance have none.
 
     The class of the instance is swapped: a pipeline is called through its class.
     """
-    guider = getattr(pipe, "guider", None)
+    guider: Any = getattr(pipe, "guider", None)
     was_on = getattr(guider, "_enabled", False)
     stock = type(pipe)
-    off = models[0]._flowmap.spec.guidance_off  # type: ignore[union-attr]
-    parameters = list(inspect.signature(stock.__call__).parameters)[1:]
+    off = models[0]._flowmap.spec.guidance_off
+    stock_call: Any = stock.__call__
+    parameters = list(inspect.signature(stock_call).parameters)[1:]
 
-    @wraps(stock.__call__)
+    @wraps(stock_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        return stock.__call__(self, *args, **kwargs, **{k: v for k, v in off.items() if k in parameters and k not in given})
+        given = {*parameters[: len(args)], *kwargs}
+        neutral = {name: scale for name, scale in off.items() if name in parameters and name not in given}
+        return stock_call(self, *args, **kwargs, **neutral)
 
     try:
         if was_on:

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from ..patching.times import Schedule
+from ..patching.times import NO_STEP, Schedule
 
 FLOW_SCHEDULERS = (
     FlowMatchEulerDiscreteScheduler,
@@ -47,7 +47,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
     model_outputs: Sequence[Tensor] = ()
     last_sample: Tensor | None = None
 
-    _models: Sequence[nn.Module] = ()
+    _models: Sequence[Any] = ()
     _grid: Sequence[float] | None = None  # instead of any other, before the shift
     _announced: int | None = None
     _holds = False  # whether the models keep to r = t between two runs of the loop, instead of being stock
@@ -96,7 +96,11 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         """As in the stock scheduler, but the default grid is uniform down to exactly 0 before the shift."""
         if self._grid is not None or any(model._flowmap.spec.replace_grid for model in self._models):
             given = sigmas if sigmas is not None else timesteps
-            num_inference_steps, sigmas, timesteps = len(given) if given is not None else num_inference_steps, None, None
+            num_inference_steps, sigmas, timesteps = (
+                len(given) if given is not None else num_inference_steps,
+                None,
+                None,
+            )
         if sigmas is None and timesteps is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps!r}")
@@ -162,14 +166,15 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
     def _announce(self, index: int) -> None:
         self._announced = index
         if index >= len(self.timesteps):  # an image-to-image start past the last step: there is none to take
-            return self.release()
+            self.release()
+            return
         # Inverted, the schedule counts upwards to data; the models are told sigma.
         grid = 1 - self.sigmas if self.config.invert_sigmas else self.sigmas.clone()
         self._lay(Schedule(grid[index : index + 1], grid[index + 1 : index + 2], grid))
 
     def _lay(self, schedule: Schedule | None) -> None:
         for model in self._models:
-            model._flowmap_schedule = schedule  # type: ignore[assignment]
+            model._flowmap_schedule = schedule
 
     def hold(self) -> None:
         """From here to ``let_go``, a model call outside of the steps (one that fills a cache) has r = t."""
@@ -178,7 +183,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     def release(self) -> None:
         """No step is due: without r the models are stock again, or held at r = t."""
-        self._lay(Schedule() if self._holds else None)
+        self._lay(NO_STEP if self._holds else None)
 
     def let_go(self) -> None:
         self._holds = False
