@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,16 @@ def edit(path: Path, change: Any, metadata: dict[str, str] | None = None) -> Pat
     return path
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return anyflow.save_student(students.trained(WAN, FULL, steps=1)[0], tmp_path_factory.mktemp("saved"))
+
+
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
+def whole(saved: Path, tmp_path: Path) -> Path:
     """A full-rank student of Wan."""
-    return anyflow.save_student(students.trained(WAN, FULL, steps=1)[0], tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    return Path(shutil.copy(saved, tmp_path / "whole"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -15,7 +16,7 @@ import zoo
 from torch import Tensor, nn
 
 import anyflow
-from anyflow.families import find_spec
+from anyflow.families import EmbedderSite, find_spec
 
 # Natively dual: forward does not do without the second time, so there is no call without r to compare with.
 NATIVE = ("AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel", "AceStepTransformer1DModel")
@@ -354,6 +355,8 @@ def test_native_second_time(name: str) -> None:
 
 # Data-dependent code of their own, patched or not.
 STOCK_BREAKS = (
+    "Cosmos3OmniTransformer:sound_and_action",
+    "Flux2Transformer2DModel:kv_extract",
     "HiDreamImageTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "HunyuanVideo15Transformer3DModel:meanflow",
@@ -414,9 +417,9 @@ def split(name: str, case: Case) -> tuple[Tensor, Tensor | None]:
     return given[:, :channels], given[:, channels:] if channels else None
 
 
-DISTILLED = tuple(
-    n for n in zoo.NAMES if n not in (*FORWARD_ONLY, *BLIND, *COMPILED_BY_STOCK, "ZImageTransformer2DModel:omni")
-)
+# What they predict has not the shape of what they are given: the images that are no target are in the same argument.
+WITH_REFERENCES = ("ZImageTransformer2DModel:omni", "Flux2Transformer2DModel:kv_extract")
+DISTILLED = tuple(n for n in zoo.NAMES if n not in (*FORWARD_ONLY, *BLIND, *COMPILED_BY_STOCK, *WITH_REFERENCES))
 
 
 @pytest.mark.parametrize("name", DISTILLED)
@@ -452,7 +455,8 @@ def test_a_distilling_step(name: str) -> None:
         if native is not None and native.required:
             time[native.arg] = prepared["timesteps"]
             time[spec.timestep_arg] = prepared["timesteps"]
-        time |= {arg: spec.model_time(sigmas.amax(1)) for arg in levels}
+        highest = sigmas.amax(1) if sigmas.ndim > 1 else sigmas
+        time |= {arg: spec.model_time(highest).expand(shape) for arg, shape in levels.items()}
         stock = teacher(**case.inputs, **time, return_dict=False)
         stock = stock if isinstance(stock, Tensor) else stock[0]
     stock = torch.cat([s.reshape(-1) for s in stock]) if isinstance(stock, list) else stock
@@ -554,3 +558,28 @@ class TestRefusals:
         anyflow.patch(case.model)
         with pytest.raises(ValueError, match="does not fit"):
             case.model(**case.inputs, timestep=case.t, r_timestep=case.r, audio_timestep=case.t[:, 0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideo15Transformer3DModel",
+        "HunyuanImageTransformer2DModel",
+    ],
+)
+def test_an_embedder_that_is_left_can_be_given_a_site(name: str) -> None:
+    """The text refiner's own embedding of t, by a family of one's own."""
+    refiner = "context_embedder.time_text_embed"
+    spec = find_spec(name)
+    site = EmbedderSite(f"{refiner}.timestep_embedder", f"{refiner}.time_proj")
+    anyflow.register_family(dataclasses.replace(spec, class_name=f"{name} with refiner", sites=(*spec.sites, site)))
+    case = Case(name)
+    stock = case.stock()
+    anyflow.patch(case.model, family=f"{name} with refiner")
+    assert torch.equal(case(case.t), stock)
+    case.model.get_submodule(f"{refiner}.delta_embedder").linear_2.weight.data.mul_(2.0)
+    assert torch.equal(case.stock(), stock) and not torch.equal(case(case.t), stock)
+    anyflow.unpatch(case.model)
+    assert torch.equal(case.stock(), stock)

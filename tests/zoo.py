@@ -49,6 +49,26 @@ def _omni(inputs: dict[str, Any], _: Any) -> dict[str, Any]:
     }
 
 
+def _sound_and_action(*_: Any) -> dict[str, Any]:
+    """Cosmos 3 with two frames of sound and one action behind the vision: three calls of one embedder."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "sequence_length": 6,
+        "position_ids": torch.zeros(3, 6, dtype=torch.int64),
+        "sound_tokens": [torch.randn(3, 2, generator=generator)],
+        "sound_token_shapes": [(2, 1, 1)],
+        "sound_sequence_indexes": torch.tensor([3, 4]),
+        "sound_mse_loss_indexes": torch.tensor([3, 4]),
+        "sound_noisy_frame_indexes": [torch.tensor([0, 1])],
+        "action_tokens": [torch.randn(1, 4, generator=generator)],
+        "action_token_shapes": [(1, 1, 1)],
+        "action_sequence_indexes": torch.tensor([5]),
+        "action_mse_loss_indexes": torch.tensor([5]),
+        "action_noisy_frame_indexes": [torch.tensor([0])],
+        "action_domain_ids": [torch.tensor(0)],
+    }
+
+
 def _cached(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """The denoising pass of Wan Animate 2, after the pass that fills the cache from the reference."""
     with torch.no_grad():
@@ -102,6 +122,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "UNet2DConditionModel:scalar": {"time": []},
     "DreamLiteUNetModel:scalar": {"time": []},
     "WanAnimate2Transformer3DModel:cached": {"inputs": _cached},
+    "HeliosTransformer3DModel:history_at_t": {"inputs": _history, "config": {"zero_history_timestep": False}},
+    "Flux2Transformer2DModel:kv_extract": {"inputs": lambda *_: {"kv_cache_mode": "extract", "num_ref_tokens": 4}},
+    "Cosmos3OmniTransformer:sound_and_action": {
+        "config": {"sound_gen": True, "sound_dim": 3, "action_gen": True, "action_dim": 4},
+        "inputs": _sound_and_action,
+        "levels": {"sound_timesteps": [2], "action_timesteps": [1]},
+    },
 }
 NAMES = (*CLASSES, *VARIANTS)
 
@@ -218,5 +245,7 @@ def raw_call(model: Any, name: str, inputs: dict[str, Any], t: Any, r: Any = Non
 def flat(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output.reshape(-1)
-    parts = [flat(part) for part in output if part is not None]
+    if not isinstance(output, (list, tuple)):  # None, or a cache
+        return torch.zeros(0)
+    parts = [flat(part) for part in output]
     return torch.cat([part.float() for part in parts]) if parts else torch.zeros(0)

@@ -497,8 +497,8 @@ SPECS = (
                 pre_scale="timestep_scale",
                 calls=(
                     TIME,
-                    Rows("sound_timesteps", when={"sound_timesteps": GIVEN}),
-                    Rows("action_timesteps", when={"action_timesteps": GIVEN}),
+                    Rows("sound_timesteps", when={"sound_tokens": GIVEN}),
+                    Rows("action_timesteps", when={"action_tokens": GIVEN}),
                 ),
             ),
         ),
