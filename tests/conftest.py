@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -51,3 +54,12 @@ def _repair_interpreter_bfloat16() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # no triton: the reference alone is tested
         _repair_interpreter_bfloat16()
+
+
+@pytest.fixture
+def quiet_dependencies() -> Iterator[None]:
+    """Warnings of diffusers, transformers and torch are theirs; ours stay errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", module="anyflow")
+        yield

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -11,32 +9,24 @@ import pytest
 import tiny_pipelines_image
 import tiny_pipelines_video
 import torch
+from tiny_models import perturb_delta
 from torch import Tensor
 
 import anyflow
 from anyflow.patching.unwrap import denoisers
 
+pytestmark = pytest.mark.usefixtures("quiet_dependencies")
+
 IMAGE, VIDEO = tiny_pipelines_image, tiny_pipelines_video
 NAMES = [pytest.param(module, name, id=name) for module in (IMAGE, VIDEO) for name in module.PIPELINES]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of diffusers and transformers
-        warnings.filterwarnings("error", module="anyflow")
-        yield
-
-
-@torch.no_grad()
 def patched(module: Any, name: str) -> Any:
     """The pipeline with patched models whose delta embedders differ from their sources."""
     pipe = module.build_pipeline(name)
     anyflow.patch(pipe)
     for model in denoisers(pipe):
-        for index, (_, parameter) in enumerate(anyflow.delta_parameters(model)):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-            parameter += 0.3 * parameter.std().nan_to_num(1.0) * noise.to(parameter.dtype)
+        perturb_delta(model, 0.3)
     return pipe
 
 

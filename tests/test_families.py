@@ -6,17 +6,18 @@ import copy
 import dataclasses
 import inspect
 import pickle
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from tiny_models import perturb_delta
 from torch import Tensor, nn
 
 import anyflow
 from anyflow.families import EmbedderSite, find_spec
+
+pytestmark = pytest.mark.usefixtures("quiet_dependencies")
 
 # Natively dual: forward does not do without the second time, so there is no call without r to compare with.
 NATIVE = ("AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel", "AceStepTransformer1DModel")
@@ -74,14 +75,6 @@ MODEL_DTYPE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of diffusers and torch
-        warnings.filterwarnings("error", module="anyflow")
-        yield
-
-
 class Case:
     """A tiny model with its inputs, and times for which the stock forward of its dtype is exact."""
 
@@ -115,13 +108,6 @@ def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     return {
         key: copy.deepcopy(value) if type(value).__name__.endswith("Cache") else value for key, value in inputs.items()
     }
-
-
-@torch.no_grad()
-def perturb_delta(model: Any) -> None:
-    for index, (_, parameter) in enumerate(anyflow.delta_parameters(model)):
-        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-        parameter += 0.5 * parameter.std().nan_to_num(1.0) * noise.to(parameter.dtype)
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

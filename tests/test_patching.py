@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from diffusers.models.embeddings import Timesteps
 from peft import LoraConfig, get_peft_model
+from tiny_models import perturb_delta
 from torch import Tensor, nn
 
 import anyflow
@@ -37,13 +38,6 @@ def call(model: Any, name: str, inputs: Any, t: Tensor, r: Tensor | None = None)
 
 def sites(model: Any) -> tuple[EmbedderSite, ...]:
     return find_spec(type(model).__name__).sites
-
-
-def perturb_delta(model: Any, scale: float = 0.5) -> None:
-    with torch.no_grad():
-        for index, (_, parameter) in enumerate(anyflow.delta_parameters(model)):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-            parameter += scale * parameter.std().nan_to_num(1.0) * noise.to(parameter.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from tiny_models import perturb_delta
 from torch import Tensor
 
 import anyflow
@@ -34,10 +35,7 @@ def patched(name: str, dtype: torch.dtype = torch.float32) -> Any:
     if dtype != torch.float32:
         pipe.to(dtype)
     anyflow.patch(pipe, gate_value=0.5)
-    with torch.no_grad():
-        for index, (_, parameter) in enumerate(anyflow.delta_parameters(pipe)):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-            parameter += 0.3 * parameter.std().nan_to_num(1.0) * noise.to(parameter.dtype)
+    perturb_delta(pipe, 0.3)
     return pipe
 
 

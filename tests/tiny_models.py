@@ -14,6 +14,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+import anyflow
+
 # config: what differs from the class' defaults. inputs: a tuple is the shape of one batch row, drawn normal; a list or
 # a float is one row's value, repeated over the batch; a tensor has no batch axis. time: argument, scale, offset.
 TINY: dict[str, dict[str, Any]] = {
@@ -194,3 +196,11 @@ def call(model: Any, class_name: str, inputs: dict[str, Any], t: Tensor, r: Tens
         time["r_timestep"] = r
     prediction = model(**inputs, **time, return_dict=False)[0]
     return prediction if isinstance(prediction, Tensor) else torch.stack(prediction)
+
+
+@torch.no_grad()
+def perturb_delta(model: Any, scale: float = 0.5) -> None:
+    """Move the delta embedders of a patched model away from the embedders that they were cloned from."""
+    for index, (_, parameter) in enumerate(anyflow.delta_parameters(model)):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+        parameter += scale * parameter.std().nan_to_num(1.0) * noise.to(parameter.dtype)
