@@ -57,6 +57,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 @pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families that a test registers are forgotten after it."""
+    from anyflow.families import registry
+
+    monkeypatch.setattr(registry, "_specs", dict(registry._specs))
+
+
+@pytest.fixture
 def quiet_dependencies() -> Iterator[None]:
     """Warnings of diffusers, transformers and torch are theirs; ours stay errors."""
     with warnings.catch_warnings():

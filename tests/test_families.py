@@ -555,6 +555,7 @@ class TestRefusals:
         "HunyuanImageTransformer2DModel",
     ],
 )
+@pytest.mark.usefixtures("own_registry")
 def test_an_embedder_that_is_left_can_be_given_a_site(name: str) -> None:
     """The text refiner's own embedding of t, by a family of one's own."""
     refiner = "context_embedder.time_text_embed"
@@ -569,3 +570,125 @@ def test_an_embedder_that_is_left_can_be_given_a_site(name: str) -> None:
     assert torch.equal(case.stock(), stock) and not torch.equal(case(case.t), stock)
     anyflow.unpatch(case.model)
     assert torch.equal(case.stock(), stock)
+
+
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel:zero_cond_t", "QwenImage21Transformer2DModel"])
+def test_one_time_and_an_r_for_each_sample(name: str) -> None:
+    """t of one element means the same t for all rows, and the rows of fixed times stay behind those of the batch."""
+    case = Case(name)
+    anyflow.patch(case.model)
+    perturb_delta(case.model)
+    inputs = {
+        key: torch.cat([value] * 2) if isinstance(value, Tensor) and len(value) == 1 else value
+        for key, value in case.inputs.items()
+    }
+    inputs["img_shapes"] = [inputs["img_shapes"][0]] * 2
+    t, r = case.t[:1], torch.tensor([0.3, 0.1])
+    with torch.no_grad():
+        given = zoo.call(case.model, name, inputs, t, r)
+        expanded = zoo.call(case.model, name, inputs, t.expand(2), r)
+    assert torch.equal(given, expanded)
+
+
+def test_one_r_over_the_tokens_of_a_sample_leaves_clean_ones_at_t() -> None:
+    case = Case("WanTransformer3DModel:tokenwise")
+    anyflow.patch(case.model)
+    perturb_delta(case.model)
+    t = case.t.clone()
+    t[:, :3] = 0.0
+    r = torch.where(t > 300.0, 300.0, t)
+    assert torch.equal(case(torch.tensor([300.0]), t=t), case(r, t=t))
+
+
+@pytest.mark.parametrize("key", ["timestep", "r_timestep"])
+def test_times_in_the_conditioning_are_refused(key: str) -> None:
+    case = Case("WanTransformer3DModel")
+    conditioning = {"encoder_hidden_states": case.inputs["encoder_hidden_states"], key: case.t}
+    latents = case.inputs["hidden_states"]
+    batch = {"latents": latents, "noise": latents, "sigmas": torch.tensor([0.5]), "conditioning": conditioning}
+    student = copy.deepcopy(case.model)
+    distiller = anyflow.AnyFlowDistiller(case.model, student, config={"teacher_rollout_steps": 2})
+    with pytest.raises(ValueError, match=key):
+        distiller.prepare_batch(batch)
+
+
+FUSED = [name for name in PATCHED if ":" not in name and find_spec(name).sites[0].sinusoid is None]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_layerwise_casting_after_patching(name: str) -> None:
+    """Where the source embedder is exempt from one-byte storage, so is its trainable clone."""
+    case = Case(name)
+    stock_patterns = case.model._skip_layerwise_casting_patterns
+    anyflow.patch(case.model)
+    expected = case(case.r)
+    (site, *_) = case.model._flowmap.spec.sites
+    case.model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    dtypes = [{p.dtype for p in case.model.get_submodule(path).parameters()} for path in (site.embedder, site.delta)]
+    assert dtypes[0] == dtypes[1]
+    output = case(case.r)
+    assert output.isfinite().all() and (output - expected).abs().max() < expected.abs().max()
+    again = zoo.build(name)
+    anyflow.patch(again)
+    anyflow.unpatch(again)
+    assert again._skip_layerwise_casting_patterns == stock_patterns
+
+
+def test_unpatching_that_cannot_be_finished_is_not_begun() -> None:
+    case = Case("LongCatAudioDiTTransformer")
+    anyflow.patch(case.model)
+    output = case(case.r)
+    layer = case.model.time_embed.time_mlp[0]
+    layer.forward = lambda x: x
+    with pytest.raises(ValueError, match="remove the hooks"):
+        anyflow.unpatch(case.model)
+    del layer.forward
+    assert anyflow.is_patched(case.model) and torch.equal(case(case.r), output)
+    anyflow.unpatch(case.model)
+
+
+def test_after_accelerate_hooks_are_gone() -> None:
+    from accelerate import cpu_offload_with_hook
+
+    case = Case("SD3Transformer2DModel")
+    stock = case.stock()
+    _, hook = cpu_offload_with_hook(case.model, "cpu")
+    hook.remove()
+    anyflow.patch(case.model)
+    _, hook = cpu_offload_with_hook(case.model, "cpu")
+    hook.remove()
+    anyflow.unpatch(case.model)
+    assert torch.equal(case.stock(), stock)
+
+
+def test_weights_assigned_to_a_model_made_on_the_meta_device() -> None:
+    case = Case("SD3Transformer2DModel")
+    anyflow.patch(case.model)
+    perturb_delta(case.model)
+    with torch.device("meta"):
+        other = type(case.model).from_config(case.model.config)
+        anyflow.patch(other)
+    other.load_state_dict(case.model.state_dict(), assign=True)
+    other.pos_embed.pos_embed = case.model.pos_embed.pos_embed  # a buffer that is not in the state
+    assert torch.equal(case(case.r, other.eval()), case(case.r))
+
+
+def test_a_teacher_of_a_class_that_only_the_student_was_given_a_family_for() -> None:
+    case = Case("WanTransformer3DModel")
+
+    class Derived(type(case.model)):  # type: ignore[misc]
+        pass
+
+    case.model.__class__ = Derived
+    student = copy.deepcopy(case.model)
+    anyflow.patch(student, family="WanTransformer3DModel")
+    distiller = anyflow.AnyFlowDistiller(case.model, student, config={"teacher_rollout_steps": 2})
+    assert distiller.teacher.spec.class_name == "WanTransformer3DModel"
+
+
+def test_the_second_time_of_a_class_itself_is_part_of_the_base_model() -> None:
+    case = Case("AceStepTransformer1DModel")
+    case.model.requires_grad_(False)
+    anyflow.patch(case.model)
+    assert not anyflow.trainable_parameters(case.model)
+    assert next(name for name, _ in anyflow.delta_parameters(case.model)).startswith("time_embed_r.")

@@ -504,6 +504,7 @@ class TestWrappers:
         assert torch.isfinite(call(model, name, inputs, t, r)).all()
 
 
+@pytest.mark.usefixtures("own_registry")
 class TestRefusals:
     def test_unknown_class_shows_how_to_write_a_spec(self) -> None:
         with pytest.raises(ValueError, match=r"no family 'Linear'[\s\S]*FamilySpec\(\s*class_name=\"Linear\""):

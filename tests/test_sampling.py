@@ -22,7 +22,7 @@ from torch import Tensor
 import anyflow
 from anyflow import AnyFlowDistiller, AnyStepScheduler, any_step
 from anyflow.families import find_spec
-from anyflow.patching.times import next_on_grid
+from anyflow.patching.times import Schedule, next_on_grid, scheduled_times
 from anyflow.patching.unwrap import denoisers
 from anyflow.time import shift_sigma
 
@@ -342,9 +342,66 @@ def test_between_the_loops_of_a_call_r_is_t() -> None:
 
 def test_levels_on_the_grid_step_from_there_and_others_stay() -> None:
     grid = torch.tensor([1.0, 0.9, 0.6, 0.0])
-    t, r = next_on_grid(torch.tensor([[1.0, 0.9004, 0.6, 0.0, 0.95, 0.3]]), grid)
-    torch.testing.assert_close(t, torch.tensor([[1.0, 0.9, 0.6, 0.0, 0.95, 0.3]]))
-    torch.testing.assert_close(r, torch.tensor([[0.9, 0.6, 0.0, 0.0, 0.95, 0.3]]))
+    t, r = next_on_grid(torch.tensor([[1.0, 0.900001, 0.6, 0.0, 0.899, 0.3]]), grid)
+    torch.testing.assert_close(t, torch.tensor([[1.0, 0.9, 0.6, 0.0, 0.899, 0.3]]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(r, torch.tensor([[0.9, 0.6, 0.0, 0.0, 0.899, 0.3]]), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_step_from_their_own_level_in_either_dtype(dtype: torch.dtype) -> None:
+    """Three frames on three neighbouring points of a grid of 50 with a shift of 8, and a clean one."""
+    spec = find_spec("WanTransformer3DModel")
+    grid = shift_sigma(torch.linspace(1, 0, 51), 8.0)
+    schedule = Schedule(grid[0:1], grid[1:2], grid, held=True)
+    levels = torch.cat([grid[20:23], torch.zeros(1)])
+    t, r = scheduled_times((1000 * levels).to(dtype)[None], schedule, spec)
+    torch.testing.assert_close(t, 1000 * levels[None])
+    torch.testing.assert_close(r, 1000 * torch.cat([grid[21:24], torch.zeros(1)])[None])
+
+
+@pytest.mark.parametrize("kind", ["float", "int", "bfloat16", "int64"])
+def test_a_single_time_is_that_of_the_due_step(kind: str) -> None:
+    spec = find_spec("WanTransformer3DModel")
+    grid = shift_sigma(torch.linspace(1, 0, 251), 8.0)
+    for k in range(250):
+        t = 1000 * grid[k]
+        given = {"float": float(t), "int": int(t), "bfloat16": t.bfloat16()[None], "int64": t.long()[None]}[kind]
+        found = scheduled_times(given, Schedule(grid[k : k + 1], grid[k + 1 : k + 2], grid, held=True), spec)
+        assert [time.item() for time in found] == (1000 * grid[k : k + 2]).tolist()
+
+
+def test_a_sampler_that_takes_gradients_is_told_r() -> None:
+    """Rewards are backpropagated through the sampling: inside the block, the schedule counts under autograd too."""
+    pipe = patched("FluxPipeline")
+    seen = record_times(pipe)
+    with any_step(pipe):
+        stock = type(pipe).__mro__[1].__call__.__wrapped__
+        arguments = {**tiny_pipelines.call_kwargs("FluxPipeline"), "num_inference_steps": 2}
+        with torch.enable_grad():
+            stock(pipe, **arguments)
+    assert len(seen) == 2
+
+
+def test_nested_blocks() -> None:
+    pipe = patched("StableDiffusion3Pipeline")
+    (model,) = denoisers(pipe)
+    arguments = {k: v for k, v in tiny_pipelines.call_kwargs("StableDiffusion3Pipeline").items() if "guidance" not in k}
+    batches: list[int] = []
+    model.register_forward_pre_hook(lambda _, a, k: batches.append(len(k["hidden_states"])), with_kwargs=True)
+    with any_step(pipe):
+        with any_step(pipe, guidance=True):
+            pipe(**arguments, num_inference_steps=1)
+        assert model._flowmap_schedule is not None  # the outer block still holds
+        pipe(**arguments, num_inference_steps=1)
+    assert batches == [2, 1] and model._flowmap_schedule is None
+
+
+def test_unpatching_inside_the_block_leaves_nothing() -> None:
+    pipe = patched("StableDiffusion3Pipeline")
+    (model,) = denoisers(pipe)
+    with any_step(pipe):
+        anyflow.unpatch(pipe)
+    assert not [name for name in model.__dict__ if "flowmap" in name]
 
 
 @pytest.mark.parametrize("given", [{"guidance_scale": 5.0}, {}], ids=["asked", "not"])

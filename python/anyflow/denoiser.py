@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .families import FamilySpec, find_spec
+from .families import FamilySpec, families, find_spec
 from .families.resolve import resolve
 from .layout import latents_for, prediction_of, velocity_part
 from .patching import is_patched
@@ -34,8 +34,10 @@ class Denoiser(Protocol):
         ...
 
 
-def spec_of(bare: Any) -> FamilySpec:
-    """The spec a patched model carries, or that of the class."""
+def spec_of(bare: Any, student: Any = None) -> FamilySpec:
+    """The spec a patched model carries, or that of its class; for a class that has none, that of its ``student``."""
+    if type(bare).__name__ not in families() and isinstance(student, type(bare)):
+        bare = student
     return bare._flowmap.spec if is_patched(bare) else resolve(find_spec(type(bare).__name__), bare)
 
 
@@ -46,6 +48,13 @@ class DiffusersDenoiser:
     def __call__(self, batch: Batch, x: Tensor, sigma: Tensor, r: Tensor | None, *, negative: bool = False) -> Tensor:
         spec = self.spec
         arguments = dict(batch["negative_conditioning" if negative else "conditioning"] or {})
+        own = {spec.native.arg} if spec.native is not None else set()
+        own |= {second_time(spec, arg) for arg in spec.time_args}
+        own |= set() if spec.times == "packed" else {spec.timestep_arg}
+        if not own.isdisjoint(arguments):
+            raise ValueError(
+                f"the times of a batch are its sigmas, not {sorted(own & arguments.keys())} in conditioning"
+            )
         times = {arg: arguments.pop(arg, None) for arg in spec.time_args}
         if spec.times == "packed" and times[spec.timestep_arg] is None:
             raise ValueError(

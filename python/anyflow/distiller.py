@@ -74,7 +74,7 @@ class AnyFlowDistiller:
         teacher = teacher_model if self.trainer is None else self.trainer.get_trained_component()
         student = teacher if student_model is None else student_model
         self._patch_student(unwrap(student), given)
-        spec = self._spec(unwrap(teacher))
+        spec = self._spec(unwrap(teacher), unwrap(student))
         self.teacher: Denoiser = (
             DiffusersDenoiser(teacher, spec)
             if self.trainer is None
@@ -103,8 +103,8 @@ class AnyFlowDistiller:
         patch(bare, **conditioning)
         bare._flowmap.spec = self._spec(bare)  # so that sampling and every forward go by timestep_scale as well
 
-    def _spec(self, bare: nn.Module) -> FamilySpec:
-        spec, scale = spec_of(bare), self.config.timestep_scale
+    def _spec(self, bare: nn.Module, student: nn.Module | None = None) -> FamilySpec:
+        spec, scale = spec_of(bare, student), self.config.timestep_scale
         if scale is None or scale == spec.time_scale:
             return spec
         if spec.time_offset:

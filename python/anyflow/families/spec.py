@@ -139,7 +139,15 @@ class FamilySpec:
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
     refused: tuple[tuple[Mapping[str, Any], str], ...] = ()
     refused_pipelines: tuple[tuple[str, str], ...] = ()
-    guidance_off: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0, "true_cfg_scale": 1.0})
+    guidance_off: Mapping[str, float | None] = field(
+        default_factory=lambda: {
+            "guidance_scale": 1.0,
+            "true_cfg_scale": 1.0,
+            "image_guidance_scale": 1.0,
+            "img_guidance_scale": 1.0,
+            "pag_scale": 0.0,
+        }
+    )
     replace_grid: bool = False
     learned_sigma: bool = False
     checkpointed: bool = False

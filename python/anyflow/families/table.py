@@ -338,6 +338,7 @@ SPECS = (
     FamilySpec(
         class_name="Ideogram4Transformer2DModel",
         time_scale=-1.0,
+        guidance_off={"guidance_scale": 1.0, "guidance_schedule": None},
         replace_grid=True,
         time_offset=1.0,
         prediction_sign=-1,
@@ -383,6 +384,16 @@ SPECS = (
     FamilySpec(
         class_name="LTX2VideoTransformer3DModel",
         time_scale=1000.0,
+        guidance_off={
+            "guidance_scale": 1.0,
+            "guidance_rescale": 0.0,
+            "stg_scale": 0.0,
+            "modality_scale": 1.0,
+            "audio_guidance_scale": 1.0,
+            "audio_guidance_rescale": 0.0,
+            "audio_stg_scale": 0.0,
+            "audio_modality_scale": 1.0,
+        },
         sites=(
             EmbedderSite("time_embed.emb.timestep_embedder", "time_embed.emb.time_proj"),
             EmbedderSite(

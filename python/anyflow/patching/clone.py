@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
+
+from .swap import is_wrapped
 
 
 def clone_embedder(embedder: nn.Module, path: str) -> nn.Module:
@@ -16,7 +19,8 @@ def clone_embedder(embedder: nn.Module, path: str) -> nn.Module:
     """
     for name, module in embedder.named_modules():
         _check_forward(module, f"{path}.{name}" if name else path)
-    clone = copy.deepcopy(embedder)
+    with torch.inference_mode(False):  # it is to be trained, wherever it was made
+        clone = copy.deepcopy(embedder)
     _merge_adapters(clone)
     _dequantise(clone)
     for name, parameter in clone.named_parameters():
@@ -48,16 +52,13 @@ def _is_plain(parameter: Tensor) -> bool:
 
 def _check_forward(module: nn.Module, path: str) -> None:
     """Refuse a forward that was replaced on the instance: a copy of it would run the original's weights."""
-    forward = module.__dict__.get("forward")
-    owner = getattr(forward, "__self__", None)
-    if owner is module and forward.__func__ is type(module).forward:  # type: ignore[union-attr]
-        del module.forward  # its own: what LyCORIS leaves behind when it is taken off
-    elif hasattr(owner, "org_forward"):
+    wrapped = is_wrapped(module)
+    if hasattr(getattr(module.__dict__.get("forward"), "__self__", None), "org_forward"):
         raise ValueError(
             f"LyCORIS is applied to {path}. Patch first: call network.restore(), anyflow.patch, and make and apply the "
             "network again, so that it covers the delta embedder as well."
         )
-    elif forward is not None or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
+    if wrapped or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
         raise ValueError(
             f"{path} is already hooked (offloading or layerwise casting). Patch first, then enable it: remove the "
             "hooks, call anyflow.patch, and enable them again."

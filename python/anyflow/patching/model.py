@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ class FlowMapSettings:
     spec: FamilySpec
     gate_value: float
     deltatime_type: str
+    replaced: dict[str, Any] = field(default_factory=dict)  # attributes of the instance, as they were
 
     def op_deltatime_type(self) -> str:
         """(sigma_t - sigma_r) times |time_scale|, also where the model's time runs backwards."""
@@ -57,7 +58,7 @@ class FlowMapModel(Swapped):
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         # Follow the device, never the dtype: 0.3 does not survive bfloat16.
         device = fn(self._flowmap_gate).device
-        if device != self._flowmap_gate.device:
+        if device.type != "meta" and device != self._flowmap_gate.device:
             self._flowmap_gate = make_gate(self._flowmap.gate_value, device)
         return result
 
@@ -73,8 +74,11 @@ class FlowMapModel(Swapped):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             spec: FamilySpec = self._flowmap.spec
-            # Samplers run without gradient; a schedule left behind by an interrupted one must not reach training.
-            schedule = None if torch.is_grad_enabled() else self._flowmap_schedule
+            schedule: Schedule | None = self._flowmap_schedule
+            if schedule is not None and not schedule.held and torch.is_grad_enabled():
+                schedule = None  # left behind by a sampler that was interrupted: it must not reach training
+            if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+                return stock_forward(self, *args, **kwargs)  # raises
             arguments = dict(zip(names, args, strict=False))
             arguments.update(kwargs)
             second = {arg: arguments.pop(second_time(spec, arg), None) for arg in spec.time_args}
@@ -109,6 +113,8 @@ class FlowMapModel(Swapped):
 
 
 def make_gate(gate_value: float, device: torch.device) -> Tensor:
+    """Never on the meta device, from which ``load_state_dict(assign=True)`` would not bring it back."""
+    device = torch.device("cpu") if device.type == "meta" else device
     with torch.inference_mode(False):  # it takes part in training, wherever the model was moved
         return torch.tensor(gate_value, dtype=torch.float32, device=device)
 

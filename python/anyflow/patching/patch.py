@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from .model import (
     make_gate,
     set_conditioning,
 )
-from .swap import restore, swap
+from .swap import check_restorable, is_wrapped, restore, swap
 from .unwrap import denoisers
 
 
@@ -131,8 +132,9 @@ def delta_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the delta embedders; names are relative to the bare model, free of wrapper prefixes.
 
     They are trainable after patching. peft freezes every parameter that is not an adapter when one is added:
-    ``trainable_parameters``, which the distiller calls, turns these on again. Raises ValueError when the model is
-    not patched.
+    ``trainable_parameters``, which the distiller calls, turns these on again. The embedder of a class that has a second
+    time itself is as it was: no clone, but part of the base model, and of the teacher. Raises ValueError when the model
+    is not patched.
     """
     for bare in denoisers(model):
         for path in delta_paths(_spec(bare)):
@@ -151,8 +153,8 @@ def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
 
     listed: list[tuple[str, nn.Parameter]] = []
     for bare in denoisers(model):
-        for path in delta_paths(_spec(bare)):
-            delta = bare.get_submodule(path)
+        for site in _spec(bare).sites:
+            delta = bare.get_submodule(site.delta)
             if not any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in delta.modules()):
                 delta.requires_grad_(True)
         listed += [(name, parameter) for name, parameter in bare.named_parameters() if parameter.requires_grad]
@@ -183,7 +185,7 @@ def _is_known(model: nn.Module) -> bool:
 
 
 def _check_patchable(model: nn.Module, spec: FamilySpec) -> FamilySpec:
-    if "forward" in model.__dict__:
+    if is_wrapped(model):
         raise ValueError(
             f"the forward of this {type(model).__name__} is already wrapped (offloading, accelerator.prepare or a "
             "cache hook). Patch first, then enable it."
@@ -216,7 +218,7 @@ def _patch(model: nn.Module, spec: FamilySpec, gate_value: float, deltatime_type
     model._flowmap_gate = make_gate(gate_value, device)
     model._flowmap_schedule = None  # type: ignore[assignment]
     model._flowmap_saw_r = False  # type: ignore[assignment]
-    _follow_fp32_rule(model, spec)
+    _follow_rules_of_source(model, spec)
 
 
 def _narrow(embedder: nn.Module, site: EmbedderSite) -> None:
@@ -236,35 +238,48 @@ def _embedders(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def _follow_fp32_rule(model: nn.Module, spec: FamilySpec) -> None:
-    """Where the source embedder is kept in float32 by name, keep the delta embedder so too, on this instance."""
-    kept = getattr(model, "_keep_in_fp32_modules", None) or []
-    names = [site.delta.rpartition(".")[2] for site in spec.sites if kept_with(site, kept)]
-    if names:
-        model._keep_in_fp32_modules = [*kept, *names]  # type: ignore[assignment]
+def _follow_rules_of_source(model: nn.Module, spec: FamilySpec) -> None:
+    """Where the source embedder is kept in float32, or out of layerwise casting, by name, so is the delta embedder."""
+    names = [site.delta.rpartition(".")[2] for site in spec.sites if _is_kept(model, site)]
+    _extend(model, "_keep_in_fp32_modules", names)
+    patterns = [re.escape(site.delta) for site in spec.sites if _skips(model, site.embedder)]
+    _extend(model, "_skip_layerwise_casting_patterns", patterns)
 
 
-def kept_with(site: EmbedderSite, kept: Sequence[str]) -> bool:
-    return not set(site.embedder.split(".")).isdisjoint(kept)
+def _is_kept(model: Any, site: EmbedderSite) -> bool:
+    return not set(site.embedder.split(".")).isdisjoint(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def _unpatch(model: nn.Module) -> None:
+def _skips(model: Any, path: str) -> bool:
+    patterns = getattr(model, "_skip_layerwise_casting_patterns", None) or ()
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def _extend(model: Any, attribute: str, entries: list[str]) -> None:
+    """Add to a list that the class declares, on this instance; ``_unpatch`` takes it back."""
+    if entries:
+        model._flowmap.replaced[attribute] = model.__dict__.get(attribute)
+        setattr(model, attribute, [*(getattr(model, attribute, None) or ()), *entries])
+
+
+def _unpatch(model: Any) -> None:
     spec = _spec(model)
     embedders = [(site, embedder) for site, _ in embedded_sites(spec) for embedder in embedders_at(model, site)]
-    restore(model)
-    for site, embedder in embedders:
-        restore(embedder)
+    swapped = [model, *(embedder for _, embedder in embedders)]
+    swapped += [_first_linear(embedder, site.first_linear) for site, embedder in embedders if site.first_linear]
+    for module in swapped:
+        check_restorable(module)  # all of them, before the first is touched
+    for module in swapped:
+        restore(module)
+    for _, embedder in embedders:
         del embedder._flowmap_call, embedder._flowmap_calls
-        if site.first_linear is not None:
-            restore(_first_linear(embedder, site.first_linear))
     for site in spec.sites:
         parent, _, name = site.delta.rpartition(".")
         delattr(model.get_submodule(parent), name)
-    kept = model.__dict__.get("_keep_in_fp32_modules")
-    if kept is not None:
-        deltas = [site.delta.rpartition(".")[2] for site in spec.sites]
-        model._keep_in_fp32_modules = [name for name in kept if name not in deltas]  # type: ignore[assignment]
-        if model._keep_in_fp32_modules == (getattr(type(model), "_keep_in_fp32_modules", None) or []):
-            del model.__dict__["_keep_in_fp32_modules"]
+    for attribute, own in model._flowmap.replaced.items():
+        if own is None:
+            del model.__dict__[attribute]
+        else:
+            setattr(model, attribute, own)
     for name in ("_flowmap", "_flowmap_gate", "_flowmap_schedule", "_flowmap_saw_r"):
         delattr(model, name)

@@ -53,9 +53,18 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     module.__class__ = generate(mixin, type(module))
 
 
-def restore(module: nn.Module) -> None:
-    """Give the stock class back. Raises ValueError when another wrapper has swapped the class since."""
-    if "forward" in module.__dict__:
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether the instance has another forward than its class. Hooks that are taken off may leave its own behind."""
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward:  # type: ignore[union-attr]
+        del module.forward
+        return False
+    return forward is not None
+
+
+def check_restorable(module: nn.Module) -> None:
+    """Raises ValueError when the module has been wrapped, or another wrapper has swapped its class, since."""
+    if is_wrapped(module):
         raise ValueError(
             f"the forward of this {type(module).__name__} is wrapped (by offloading?): remove the hooks first"
         )
@@ -63,4 +72,8 @@ def restore(module: nn.Module) -> None:
         raise ValueError(
             f"{type(module).__name__} was wrapped after it was patched (for example by fully_shard): undo that first"
         )
+
+
+def restore(module: nn.Module) -> None:
+    """Give the stock class back."""
     module.__class__ = type(module)._flowmap_stock  # type: ignore[attr-defined]

@@ -18,10 +18,13 @@ class Schedule(NamedTuple):
 
     start: Tensor  # of the due step, one element
     end: Tensor
-    grid: Tensor  # all steps' starts, and 0
+    grid: Tensor  # all steps' starts, and 0; empty where no step is due: r = t
+    held: bool  # for the length of a block that cleans up after itself, so that it counts under autograd too
 
 
-NO_STEP = Schedule(*(torch.empty(0) for _ in range(3)))  # none is due: r = t
+def no_step(held: bool) -> Schedule:
+    none = torch.empty(0)
+    return Schedule(none, none, none, held)
 
 
 def second_time(spec: FamilySpec, arg: str) -> str:
@@ -54,18 +57,20 @@ def all_times(
             times[arg] = scheduled_times(timestep, schedule, spec)
         else:
             given = second[spec.timestep_arg] if r is None else r
-            times[arg] = explicit_times(arguments[spec.timestep_arg] if timestep is None else timestep, given)
+            times[arg] = explicit_times(arguments[spec.timestep_arg] if timestep is None else timestep, given, spec)
     return times
 
 
 def stock_arguments(spec: FamilySpec, arguments: dict[str, Any], times: Mapping[str, Pair]) -> dict[str, Any]:
-    """What the stock forward is given: its times in the dtype that it needs, and a native r."""
+    """What the stock forward is given: times of as many rows as r has, in the dtype that it needs, and a native r."""
     sample = arguments.get(spec.sample_arg)
-    if spec.time_dtype == "model" and isinstance(sample, Tensor):
-        arguments[spec.timestep_arg] = times[spec.timestep_arg][0].to(sample.dtype)
+    dtype = sample.dtype if spec.time_dtype == "model" and isinstance(sample, Tensor) else None
+    for arg, (t, _) in times.items():
+        given = arguments.get(arg)
+        if dtype is not None or (given is not None and t.numel() != torch.as_tensor(given).numel()):
+            arguments[arg] = t if dtype is None else t.to(dtype)
     if spec.native is not None:
-        r = times[spec.timestep_arg][1]
-        arguments[spec.native.arg] = r.to(sample.dtype) if spec.time_dtype == "model" and sample is not None else r
+        arguments[spec.native.arg] = times[spec.timestep_arg][1].to(dtype)
     return arguments
 
 
@@ -77,49 +82,57 @@ def as_time(value: Any, like: Any) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=device)
 
 
-def explicit_times(timestep: Any, r_timestep: Any) -> Pair:
+def explicit_times(timestep: Any, r_timestep: Any, spec: FamilySpec) -> Pair:
+    """t and r of one shape. An r of one element, or of one for each sample, over times of tokens is the lower time of
+    all tokens that are above it; for clean tokens beside them r = t."""
     t, r = as_time(timestep, r_timestep), as_time(r_timestep, timestep)
     if t.device != r.device and t.ndim and r.ndim:
         raise ValueError(f"r_timestep is on {r.device}, the time argument on {t.device}")
     if t.shape == r.shape:
         return t, r
-    if r.numel() == 1:
-        return t, r.reshape(()).to(t.device).expand(t.shape)
+    if r.numel() == 1 or (t.ndim > 1 and r.shape == t.shape[:1]):
+        r = r.reshape(-1, *(1,) * (t.ndim - 1)).to(t.device) if t.ndim else r.reshape(()).to(t.device)
+        lower = torch.minimum if spec.time_scale > 0 else torch.maximum
+        return t, r.expand(t.shape) if t.ndim < 2 and spec.times != "packed" else lower(r.expand(t.shape), t)
     if t.numel() == 1:
         return t.reshape(()).to(r.device).expand(r.shape), r
     raise ValueError(f"r_timestep of shape {tuple(r.shape)} does not fit a time argument of shape {tuple(t.shape)}")
 
 
 def scheduled_times(timestep: Any, schedule: Schedule, spec: FamilySpec) -> Pair:
-    """t and r where a sampler drives the model: the interval of the step that is due, from its own float32 sigmas,
-    whatever the pipeline has rounded; and for rows at other levels, the step from theirs."""
+    """t and r where a sampler drives the model, from its own float32 sigmas, whatever the pipeline has rounded.
+
+    A time for each sample is that of the due step, as near as half precision comes to it. Times of frames or tokens
+    step from their own places on the grid.
+    """
     t = timestep.to(torch.float32) if isinstance(timestep, Tensor) else torch.tensor(float(timestep))
     if not schedule.grid.numel():
         return t, t
-    start, end, grid = (sigmas.to(t.device) for sigmas in schedule)
+    start, end, grid = (sigmas.to(t.device) for sigmas in schedule[:3])
     given = spec.sigma(t)
-    due = (given - start).abs() <= _rounding(timestep)
-    sigma, below = next_on_grid(given, grid)
-    sigma, below = torch.where(due, start, sigma), torch.where(due, end, below)
+    sigma, below = next_on_grid(given, grid, _rounding(timestep, given, spec))
+    if t.ndim < 2 and spec.times != "packed":
+        due = ((given - start).abs() <= 5e-3) & (given != 0)  # twice rounded to 8 bits: 1000 sigma, then / 1000
+        sigma, below = torch.where(due, start, sigma), torch.where(due, end, below)
     return spec.model_time(sigma), spec.model_time(below)
 
 
-def next_on_grid(sigma: Tensor, grid: Tensor) -> Pair:
-    """For each sigma on ``grid`` [N + 1], which falls to 0, itself without rounding, and the next one below it. One
-    that is not on the grid stays where it is, as the clean and the held rows of a condition do: r = t."""
+def next_on_grid(sigma: Tensor, grid: Tensor, rounding: Tensor | float = 1e-5) -> Pair:
+    """For each sigma within ``rounding`` of ``grid`` [N + 1], which falls to 0, its place there and the next one below.
+    One that is not on the grid stays where it is, as the held rows of a condition do: r = t; so does a clean one."""
     distance = (sigma.unsqueeze(-1) - grid).abs()
     index = distance.argmin(-1)
-    on_grid = distance.amin(-1) <= _ROUNDING[torch.bfloat16]
+    on_grid = distance.amin(-1) <= rounding
     return (
         torch.where(on_grid, grid[index], sigma),
         torch.where(on_grid, grid[(index + 1).clamp_max(grid.numel() - 1)], sigma),
     )
 
 
-# How far, in sigma, the times that a pipeline hands in can be from its schedule. Half precision: twice rounded to 8
-# bits (1000 sigma, then / 1000); integers: truncated.
-_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-
-
-def _rounding(timestep: Any) -> float:
-    return _ROUNDING.get(timestep.dtype, 1.1e-3) if isinstance(timestep, Tensor) else 1e-5
+def _rounding(timestep: Any, sigma: Tensor, spec: FamilySpec) -> Tensor | float:
+    """How far, in sigma, the times that a pipeline hands in can be from its schedule."""
+    kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+    if kind in (torch.bfloat16, torch.float16):  # relative to the number that was rounded, be it sigma or the time
+        time = torch.as_tensor(timestep).to(torch.float32).abs() / abs(spec.time_scale)
+        return torch.maximum(sigma.abs(), time) * 2**-8
+    return 1e-5 if kind in (torch.float32, torch.float64, float) else 1.1e-3  # integers are truncated

@@ -30,7 +30,7 @@ def unwrap(module: nn.Module, until: str | None = None) -> nn.Module:
             module = module._orig_mod  # type: ignore[assignment]
         elif hasattr(module, "get_base_model"):  # peft
             module = module.get_base_model()  # type: ignore[operator]
-        elif type(module).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        elif type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             module = module.module  # type: ignore[assignment]
         else:
             break

@@ -28,8 +28,8 @@ def any_step(pipe: Any, *, guidance: bool = False, sigmas: Sequence[float] | Non
     with the same shift. On exit, also after an exception, the pipeline has its own scheduler and the model no schedule.
 
     ``guidance``: a student of a guided teacher has the guidance learned, so classifier-free guidance is off, unless
-        the call asks for it (``pipe(..., guidance_scale=4.0)``); with True, the pipeline's own defaults hold. Guidance
-        that the model embeds is left as it is.
+        the call asks for it (``pipe(..., guidance_scale=4.0)``; what else the pipeline guides with then has its own
+        defaults); with True, the pipeline's own defaults hold. Guidance that the model embeds is left as it is.
     ``sigmas``: the starts of the steps before the shift, falling from at most 1, instead of a uniform grid; the
         pipeline's ``num_inference_steps`` does not count then.
 
@@ -51,11 +51,9 @@ def any_step(pipe: Any, *, guidance: bool = False, sigmas: Sequence[float] | Non
             scheduler = AnyStepScheduler.like(pipe.scheduler, [*models, *_patched_guides(pipe)])
             scheduler._grid = grid
             stack.callback(_set_scheduler, pipe, pipe.scheduler)
-            stack.callback(scheduler.let_go)
+            stack.enter_context(scheduler.holding())
             _set_scheduler(pipe, scheduler)
-            scheduler.hold()
-        if not guidance:
-            stack.enter_context(unguided(pipe, models))
+        stack.enter_context(own_guidance(pipe) if guidance else unguided(pipe, models))
         yield pipe
 
 
@@ -80,6 +78,22 @@ def _patched_guides(pipe: Any) -> list[nn.Module]:
 
 
 @contextmanager
+def own_guidance(pipe: Any) -> Iterator[None]:
+    """Inside the block, the pipeline's own defaults hold, also within a block of ``unguided``."""
+    inside = type(pipe)
+    stock, guider_on = getattr(inside, "_anyflow_stock", (inside, False))
+    try:
+        pipe.__class__ = stock
+        if guider_on:
+            pipe.guider.enable()
+        yield
+    finally:
+        pipe.__class__ = inside
+        if guider_on:
+            pipe.guider.disable()
+
+
+@contextmanager
 def unguided(pipe: Any, models: Sequence[Any]) -> Iterator[None]:
     """Inside the block, calls of ``pipe`` that do not ask for classifier-free guidance have none.
 
@@ -95,13 +109,15 @@ def unguided(pipe: Any, models: Sequence[Any]) -> Iterator[None]:
     @wraps(stock_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {*parameters[: len(args)], *kwargs}
-        neutral = {name: scale for name, scale in off.items() if name in parameters and name not in given}
+        asked = not given.isdisjoint(off)
+        neutral = {} if asked else {name: scale for name, scale in off.items() if name in parameters}
         return stock_call(self, *args, **kwargs, **neutral)
 
     try:
         if was_on:
             guider.disable()
-        pipe.__class__ = type(stock.__name__, (stock,), {"__module__": stock.__module__, "__call__": call})
+        namespace = {"__module__": stock.__module__, "__call__": call, "_anyflow_stock": (stock, was_on)}
+        pipe.__class__ = type(stock.__name__, (stock,), namespace)
         yield
     finally:
         pipe.__class__ = stock

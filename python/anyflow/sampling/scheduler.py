@@ -7,7 +7,8 @@ it lays (sigma_t, sigma_r) of the coming step on the models that it drives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from ..patching.times import NO_STEP, Schedule
+from ..patching.times import Schedule, no_step
 
 FLOW_SCHEDULERS = (
     FlowMatchEulerDiscreteScheduler,
@@ -115,8 +116,8 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x_r = x_t + (sigma_r - sigma_t) u. Raises RuntimeError when the model was given r of another step."""
-        if isinstance(timestep, Tensor) and not timestep.is_floating_point():  # truncated by the pipeline
-            timestep = self.timesteps[(self.timesteps - timestep.to(self.timesteps.device)).abs().argmin()]
+        if isinstance(timestep, Tensor) and not timestep.is_floating_point():
+            timestep = self._before_truncation(timestep)
         if self.step_index is None:
             self._init_step_index(timestep)
         if self._models and self._announced != self.step_index:
@@ -163,6 +164,13 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         ends = self.sigmas.to(t.device)[1:] * self.config.num_train_timesteps
         return ends[index].reshape(t.shape)
 
+    def _before_truncation(self, timestep: Tensor) -> Tensor:
+        """The due step's own timestep; without one, the lowest of the schedule that truncates to what is given."""
+        if self.step_index is not None:
+            return self.timesteps[self.step_index]
+        above = self.timesteps - timestep.to(self.timesteps.device)
+        return self.timesteps[torch.where(above >= 0, above, torch.inf).argmin()]
+
     def _announce(self, index: int) -> None:
         self._announced = index
         if index >= len(self.timesteps):  # an image-to-image start past the last step: there is none to take
@@ -170,24 +178,30 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
             return
         # Inverted, the schedule counts upwards to data; the models are told sigma.
         grid = 1 - self.sigmas if self.config.invert_sigmas else self.sigmas.clone()
-        self._lay(Schedule(grid[index : index + 1], grid[index + 1 : index + 2], grid))
+        self._lay(Schedule(grid[index : index + 1], grid[index + 1 : index + 2], grid, self._holds))
 
     def _lay(self, schedule: Schedule | None) -> None:
         for model in self._models:
-            model._flowmap_schedule = schedule
+            if hasattr(model, "_flowmap"):  # not unpatched since
+                model._flowmap_schedule = schedule
 
-    def hold(self) -> None:
-        """From here to ``let_go``, a model call outside of the steps (one that fills a cache) has r = t."""
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside the block, a model call outside of the steps (one that fills a cache) has r = t."""
+        entry = [model._flowmap_schedule for model in self._models]
         self._holds = True
         self.release()
+        try:
+            yield
+        finally:
+            self._holds = False
+            for model, schedule in zip(self._models, entry, strict=True):
+                if hasattr(model, "_flowmap"):
+                    model._flowmap_schedule = schedule
 
     def release(self) -> None:
         """No step is due: without r the models are stock again, or held at r = t."""
-        self._lay(NO_STEP if self._holds else None)
-
-    def let_go(self) -> None:
-        self._holds = False
-        self.release()
+        self._lay(no_step(held=True) if self._holds else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies step on their own (one for each frame, or for the sound) and drive no model."""
