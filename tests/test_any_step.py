@@ -205,6 +205,12 @@ def test_two_grids(steps: int) -> None:
     assert seen[0][1][0] != seen[0][1][len(seen[0][1]) // 2] or steps == 1  # one level, two ends
 
 
+def test_two_grids_are_not_replaced_by_one() -> None:
+    pipe = patched(VIDEO, "MiniMaxH3ModularPipeline")
+    with pytest.raises(ValueError, match="its own two schedulers"), anyflow.any_step(pipe, sigmas=[1.0]):
+        pass
+
+
 def round_5(value: float) -> float:
     return round(value, 5)
 

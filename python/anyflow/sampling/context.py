@@ -46,6 +46,8 @@ def any_step(pipe: Any, *, guidance: bool = False, sigmas: Sequence[float] | Non
     grid = None if sigmas is None else _checked_grid(sigmas)
     with ExitStack() as stack:
         if isinstance(pipe.scheduler, MiniMaxH3Scheduler):
+            if grid is not None:
+                raise ValueError("MiniMax-H3 keeps its own two schedulers, and with them their grids: no sigmas=")
             stack.enter_context(two_grids(pipe, models[0]))
         else:
             scheduler = AnyStepScheduler.like(pipe.scheduler, [*models, *_patched_guides(pipe)])
