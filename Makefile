@@ -23,7 +23,8 @@ lint: install
 	$(RUN) -m mypy
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile -q --durations=15
+	# One thread for each of the two workers: more would wait for each other.
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -q --durations=15
 
 demo: install
 	$(RUN) -m anyflow.demo --out $(OUT)
