@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -51,3 +53,13 @@ def _repair_interpreter_bfloat16() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # no triton: the reference alone is tested
         _repair_interpreter_bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def reference_arithmetic() -> Iterator[None]:
+    """The tests of models compare bits with stock modules, as only the reference promises them. The operators have
+    tests of their own on every backend."""
+    import anyflow_kernels
+
+    with anyflow_kernels.use_backend("reference"):
+        yield
