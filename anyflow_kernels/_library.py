@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _native
 from ._native import ENVIRONMENT_VARIABLE
@@ -220,8 +221,6 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
     """Raise when an input carries a forward-mode tangent: the dispatcher would return a zero tangent without a word."""
     if torch.compiler.is_compiling():
         return
-    from torch.autograd import forward_ad
-
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
@@ -234,14 +233,14 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
 
 def same_device(name: str, **tensors: Tensor | None) -> torch.device:
     """The one device of all given tensors; ValueError that names both when they differ."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
-    for other_name, other in tensors.items():
-        if other is not None and other.device != first.device:
+    devices = {n: t.device for n, t in tensors.items() if t is not None}
+    (first_name, first), *others = devices.items()
+    for other_name, other in others:
+        if other != first:
             raise ValueError(
-                f"{name}: all tensors must be on one device, but {first_name} is on {first.device} and {other_name} "
-                f"on {other.device}"
+                f"{name}: all tensors must be on one device, but {first_name} is on {first} and {other_name} on {other}"
             )
-    return first.device
+    return first
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

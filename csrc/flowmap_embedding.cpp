@@ -368,7 +368,7 @@ std::tuple<Tensor, Tensor> flowmap_embedding(
       silu_of_y = activated<Acc>(y);
     }
   });
-  return {y.to(dtype), with_silu ? silu_of_y.to(dtype) : empty({0}, dtype, base_weight_2)};
+  return {cast(y, dtype), with_silu ? cast(silu_of_y, dtype) : empty({0}, dtype, base_weight_2)};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -452,7 +452,7 @@ Gradients flowmap_embedding_backward(
     }
   });
   const auto finished = [&](const Tensor& found, const Tensor& weight) {
-    return found.defined() ? found.to(weight.scalar_type()) : t.new_empty({0});
+    return found.defined() ? cast(found, weight.scalar_type()) : t.new_empty({0});
   };
   return {
       finished(grads[0], base_weight_1),

@@ -84,7 +84,7 @@ Tensor gate_blend(const Tensor& base, const Tensor& delta, const Tensor& gate) {
   with_dtypes(base_dtype, delta_dtype, [&]<class T, class U>(T, U) {
     forward<T, U>(y, e, d, gate.item<double>());
   });
-  return y.to(base.scalar_type());
+  return cast(y, base.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_blend_backward(
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_blend_backward(
     grad_gate = backward<T, U>(grad_base, grad_delta, dy, e, d, gate.item<double>());
   });
   return {
-      grad_base.to(base.scalar_type()),
-      grad_delta.to(delta.scalar_type()),
+      cast(grad_base, base.scalar_type()),
+      cast(grad_delta, delta.scalar_type()),
       at::full(gate.sizes(), grad_gate, gate.options())};
 }
 

@@ -27,9 +27,12 @@ struct Times {
     }
     std::vector<int64_t> rows(shape.begin(), shape.end());
     std::fill(rows.begin() + kept, rows.end(), 1);
-    this->sigma = ready(sigma.expand(rows), dtype);
-    this->sigma_next = ready(sigma_next.expand(rows), dtype);
-    this->weight = ready(weight.expand(rows), dtype);
+    const auto in_rows = [&](const Tensor& time) {
+      return ready(time.sizes() == at::IntArrayRef(rows) ? time : time.expand(rows), dtype);
+    };
+    this->sigma = in_rows(sigma);
+    this->sigma_next = in_rows(sigma_next);
+    this->weight = in_rows(weight);
   }
 };
 
@@ -178,7 +181,7 @@ Tensor next_model_time(const Tensor& sigma_next, double scale, double offset) {
       to[i] = static_cast<Acc>(scale) * from[i] + static_cast<Acc>(offset);
     }
   });
-  return time.to(sigma_next.scalar_type());
+  return cast(time, sigma_next.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
@@ -277,9 +280,9 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
   }
   run(kernel, state, model, Times(velocity.sizes(), sigma, sigma_next, weight, accumulate), guidance_scale, sign);
   return {
-      kernel.grad_x_out.to(x_dtype),
-      kernel.grad_velocity.to(velocity.scalar_type()),
-      uncond_velocity ? kernel.grad_uncond.to(uncond_velocity->scalar_type()) : velocity.new_empty({0})};
+      cast(kernel.grad_x_out, x_dtype),
+      cast(kernel.grad_velocity, velocity.scalar_type()),
+      uncond_velocity ? cast(kernel.grad_uncond, uncond_velocity->scalar_type()) : velocity.new_empty({0})};
 }
 
 } // namespace
