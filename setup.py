@@ -77,13 +77,16 @@ def extension(torch: object) -> Extension:
         options = ["/O2", "/openmp"] + (["/arch:AVX2"] if x86 else [])
         return CppExtension(NAME, SOURCES, define_macros=defines, extra_compile_args=options, depends=HEADERS)
     options = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"] + (["-mavx2", "-mfma", "-mf16c"] if x86 else [])
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
+    linked = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
+    if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
+        options += ["-O1", "-g", "-Werror"]
+        linked += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     built = CppExtension(
         NAME,
         SOURCES,
         define_macros=defines,
-        extra_compile_args=options + openmp,
-        extra_link_args=openmp,
+        extra_compile_args=options + linked,
+        extra_link_args=linked,
         depends=HEADERS,
     )
     # torch's headers do not meet -Wextra: system headers are not warned about.

@@ -1,9 +1,9 @@
 """The operator namespace, and the choice of a backend for each operator and device.
 
 The PyTorch dispatcher is the dispatch mechanism. Every operator has one schema, defined next to its public function,
-and one kernel per dispatch key. Where the compiled extension is loaded, its kernels are under the CPU key before the schema
-is defined; ``define`` puts a Python kernel, which runs the preferred backend of that device, under the keys that are
-left. ``use_backend`` lays another kernel over them for the length of a ``with`` block.
+and one kernel per dispatch key. Where the compiled extension is loaded, its kernels are under the CPU key before the
+schema is defined; ``define`` puts a Python kernel, which runs the preferred backend of that device, under the keys that
+are left. ``use_backend`` lays another kernel over them for the length of a ``with`` block.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _lock = threading.RLock()
 def define(
     name: str, schema: str, *, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any] | str]
 ) -> None:
-    """Define ``anyflow_kernels::name`` with its fake kernel and a Python kernel under the keys without a compiled one."""
+    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one."""
     operator = Operator(name, implementations)
     _operators[name] = operator
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -198,8 +198,8 @@ def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callab
 
 
 def describe() -> str:
-    """A table of what runs by default for each operator and device, and why the other backends do not; a last line about
-    the compiled extension."""
+    """A table of what runs by default for each operator and device, and why the other backends do not. The last line is
+    about the compiled extension."""
     lines = [f"{'operator':<28}{'device':<8}{'runs':<12}others"]
     for operator in _operators.values():
         for device_type in DEVICES:
