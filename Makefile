@@ -5,16 +5,19 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: install test lint demo clean
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: install test lint demo sanitize clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py requirements-dev.txt
+$(STAMP): pyproject.toml setup.py requirements-dev.txt $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	# torch by itself first: named exactly, it is found as a CPU build where one is at hand.
 	$(RUN) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	# ANYFLOW_BUILD_EXT=auto: with the C++ kernels where there is a compiler. PATH: torch looks for ninja there.
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
 lint: install
@@ -29,5 +32,9 @@ test: lint
 demo: install
 	$(RUN) -m anyflow.demo --out $(OUT)
 
+# The C++ kernels under the address and undefined behaviour sanitizers: every operator test, in a folder of their own.
+sanitize: install
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=$(CURDIR)/$(RUN) csrc/sanitize.sh
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info python/*.egg-info .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs build anyflow_kernels/_C.* *.egg-info python/*.egg-info .ruff_cache .mypy_cache

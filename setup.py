@@ -1,5 +1,110 @@
-"""The build needs nothing but setuptools: metadata and the pure Python package never import torch."""
+"""Builds the C++ kernels where torch and a compiler are at hand; without them the package is pure Python.
 
-from setuptools import setup
+torch is imported when the extension is built and not before: metadata, sdist and the pure package never need it.
+ANYFLOW_BUILD_EXT=auto (default) builds what the machine can and goes on without what fails; 0 builds nothing; 1 fails
+when it cannot build.
+"""
 
-setup()
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NAME = "anyflow_kernels._C"
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+def build_mode() -> str:
+    mode = os.environ.get("ANYFLOW_BUILD_EXT", "auto")
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"ANYFLOW_BUILD_EXT={mode!r}: allowed are auto, 0 and 1")
+    return mode
+
+
+def missing() -> str | None:
+    """What the build lacks, as far as can be seen without importing torch."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed here (pip install --no-build-isolation uses that of the environment)"
+    compiler = os.environ.get("CXX", "c++" if os.name == "posix" else "cl").split()[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler})"
+    return None
+
+
+class Build(build_ext):
+    """Hands over to torch's own command, which is found only now."""
+
+    def run(self) -> None:
+        try:
+            self._build()
+        except (Exception, SystemExit) as error:
+            if build_mode() == "1":
+                raise
+            print(f"anyflow_kernels: the C++ kernels were not built: {type(error).__name__}: {error}", file=sys.stderr)
+            self.extensions = self.distribution.ext_modules = []
+
+    def _build(self) -> None:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension
+
+        self.distribution.ext_modules = [extension(torch)]
+        command = BuildExtension(self.distribution)
+        for option in ("inplace", "editable_mode", "build_lib", "build_temp", "debug", "parallel", "plat_name"):
+            setattr(command, option, getattr(self, option))
+        command.ensure_finalized()
+        command.run()
+
+
+def extension(torch: object) -> Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    instructions = "AVX2" if x86 else "DEFAULT"
+    defines = [
+        ("AT_PER_OPERATOR_HEADERS", None),
+        ("CPU_CAPABILITY", instructions),
+        (f"CPU_CAPABILITY_{instructions}", None),
+        ("ANYFLOW_CPU", f'"{instructions}"'),
+        ("ANYFLOW_TORCH", f'"{torch.__version__}"'),
+    ]
+    if os.name == "nt":
+        options = ["/O2", "/openmp"] + (["/arch:AVX2"] if x86 else [])
+        return CppExtension(NAME, SOURCES, define_macros=defines, extra_compile_args=options, depends=HEADERS)
+    options = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"] + (["-mavx2", "-mfma", "-mf16c"] if x86 else [])
+    linked = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
+    if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
+        options += ["-O1", "-g", "-Werror"]
+        linked += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    built = CppExtension(
+        NAME,
+        SOURCES,
+        define_macros=defines,
+        extra_compile_args=options + linked,
+        extra_link_args=linked,
+        depends=HEADERS,
+    )
+    # torch's headers do not meet -Wextra: system headers are not warned about.
+    built.extra_compile_args += [f"-isystem{path}" for path in built.include_dirs]
+    built.include_dirs = []
+    return built
+
+
+def requested() -> list[Extension]:
+    if build_mode() == "0":
+        return []
+    lacking = missing()
+    if lacking is None:
+        return [Extension(NAME, SOURCES, depends=HEADERS)]
+    if build_mode() == "1":
+        sys.exit(f"ANYFLOW_BUILD_EXT=1: {lacking}")
+    print(f"anyflow_kernels: the C++ kernels are not built: {lacking}", file=sys.stderr)
+    return []
+
+
+setup(ext_modules=requested(), cmdclass={"build_ext": Build})

@@ -1,9 +1,9 @@
 """The operator namespace, and the choice of a backend for each operator and device.
 
 The PyTorch dispatcher is the dispatch mechanism. Every operator has one schema, defined next to its public function,
-and one kernel per dispatch key. ``define`` puts a Python kernel under the CPU and CUDA keys which runs the preferred
-backend of that device; ``use_backend`` lays another kernel over it for the length of a ``with`` block. A compiled
-extension registers its kernels under the same schemas and keys, so that no contract changes when one is built.
+and one kernel per dispatch key. Where the compiled extension is loaded, its kernels are under the CPU key before the
+schema is defined; ``define`` puts a Python kernel, which runs the preferred backend of that device, under the keys that
+are left. ``use_backend`` lays another kernel over them for the length of a ``with`` block.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _native
+from ._native import ENVIRONMENT_VARIABLE
 
 NAMESPACE = "anyflow_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 BACKENDS = ("reference", "triton", "native")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
-ENVIRONMENT_VARIABLE = "ANYFLOW_KERNELS_BACKEND"
+PREFERRED = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}  # the first that can runs by default
 
 _MINIMUM_TRITON = (3, 5)
 _MINIMUM_CAPABILITY = (8, 0)
@@ -56,13 +60,17 @@ _lock = threading.RLock()
 def define(
     name: str, schema: str, *, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any] | str]
 ) -> None:
-    """Define ``anyflow_kernels::name`` with its fake kernel and a Python kernel under the CPU and CUDA keys."""
+    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one."""
     operator = Operator(name, implementations)
     _operators[name] = operator
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if _native.extension is not None:
+        with suppress(RuntimeError):  # an extension built before the operator was written
+            operator.implementations["native"] = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CPU").call_boxed
     for device_type, key in DEVICES.items():
-        LIBRARY.impl(name, _default_kernel(operator, device_type), key)
+        if why_not("native", device_type, operator) is not None:
+            LIBRARY.impl(name, _default_kernel(operator, device_type), key)
 
 
 def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
@@ -100,8 +108,15 @@ def _device_of(arguments: tuple[Any, ...]) -> torch.device:
 
 def why_not(backend: str, device_type: str, operator: Operator) -> str | None:
     """Why ``backend`` cannot run ``operator`` on ``device_type``; None when it can."""
+    if backend == "native":
+        if _native.extension is None:
+            return _native.about
+        if device_type == "cuda":
+            return "no CUDA kernels were compiled"
     if backend not in operator.implementations:
-        return "not compiled" if backend == "native" else "not implemented"
+        return "not in this build" if backend == "native" else "not implemented"
+    if backend == "native":
+        return None
     if backend == "reference":
         return None
     if ("triton", device_type) in _failures:
@@ -151,7 +166,9 @@ def use_backend(name: str) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
         for operator in _operators.values():
             for device_type, key in DEVICES.items():
-                overlay.impl(operator.name, _forced_kernel(operator, name, device_type), key, allow_override=True)
+                kernel = _forced_kernel(operator, name, device_type)
+                boxed = kernel is operator.implementations.get("native")  # takes the dispatch keys first
+                overlay.impl(operator.name, kernel, key, with_keyset=boxed, allow_override=True)
     try:
         yield
     finally:
@@ -181,19 +198,22 @@ def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callab
 
 
 def describe() -> str:
-    """A table of what runs by default for each operator and device, and why the other backends do not."""
+    """A table of what runs by default for each operator and device, and why the other backends do not. The last line is
+    about the compiled extension."""
     lines = [f"{'operator':<28}{'device':<8}{'runs':<12}others"]
     for operator in _operators.values():
         for device_type in DEVICES:
-            preferred = ("reference",) if device_type == "cpu" else ("triton", "reference")
             reasons = {backend: why_not(backend, device_type, operator) for backend in BACKENDS}
-            runs = next(backend for backend in preferred if reasons[backend] is None)
+            if _native.extension is None:
+                reasons["native"] = "not loaded"
+            runs = next(backend for backend in PREFERRED[device_type] if reasons[backend] is None)
             others = "; ".join(
                 f"{backend}: {reason or ('available' if backend != runs else '')}"
                 for backend, reason in reasons.items()
                 if backend != runs
             )
             lines.append(f"{operator.name:<28}{device_type:<8}{runs:<12}{others}")
+    lines.append(f"native extension: {_native.about}")
     return "\n".join(lines)
 
 
@@ -201,8 +221,6 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
     """Raise when an input carries a forward-mode tangent: the dispatcher would return a zero tangent without a word."""
     if torch.compiler.is_compiling():
         return
-    from torch.autograd import forward_ad
-
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
@@ -215,14 +233,14 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
 
 def same_device(name: str, **tensors: Tensor | None) -> torch.device:
     """The one device of all given tensors; ValueError that names both when they differ."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
-    for other_name, other in tensors.items():
-        if other is not None and other.device != first.device:
+    devices = {n: t.device for n, t in tensors.items() if t is not None}
+    (first_name, first), *others = devices.items()
+    for other_name, other in others:
+        if other != first:
             raise ValueError(
-                f"{name}: all tensors must be on one device, but {first_name} is on {first.device} and {other_name} "
-                f"on {other.device}"
+                f"{name}: all tensors must be on one device, but {first_name} is on {first} and {other_name} on {other}"
             )
-    return first.device
+    return first
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -71,3 +71,13 @@ def quiet_dependencies() -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", module="anyflow")
         yield
+
+
+@pytest.fixture(autouse=True)
+def reference_arithmetic() -> Iterator[None]:
+    """The tests of models compare bits with stock modules, as only the reference promises them. The operators have
+    tests of their own on every backend."""
+    import anyflow_kernels
+
+    with anyflow_kernels.use_backend("reference"):
+        yield

@@ -81,9 +81,7 @@ def rollout_step(
         average,
         velocity,
         uncond_velocity,
-        sigma.reshape(rows),
-        sigma_next.reshape(rows),
-        weight.reshape(rows),
+        *(value if value.shape == rows else value.reshape(rows) for value in times.values()),
         float(guidance_scale),
         sign,
         float(time_scale),
@@ -95,7 +93,9 @@ def rollout_step(
         return RolloutState(None, new_average, None, None)
     if model_dtype == new_x.dtype:
         model_input = new_x
-    return RolloutState(new_x, new_average, model_input, model_time.detach().reshape(sigma.shape))
+    if model_time.requires_grad:
+        model_time = model_time.detach()
+    return RolloutState(new_x, new_average, model_input, model_time.view(sigma.shape))
 
 
 def _rows_shape(sigma: Tensor, x: Tensor) -> tuple[int, ...]:

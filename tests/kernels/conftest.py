@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 
@@ -18,8 +19,22 @@ AVAILABLE = [b for b in _library.BACKENDS if _library.why_not(b, DEVICE, _librar
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that runs on this machine's GPU, or on its CPU where it has none, one after the other."""
-    with torch.device(DEVICE), anyflow_kernels.use_backend(request.param):
+    with torch.device(DEVICE), anyflow_kernels.use_backend(request.param), _poisoned(request.param):
         yield request.param
+
+
+@contextlib.contextmanager
+def _poisoned(backend: str) -> Iterator[None]:
+    """Memory that the C++ kernels allocate is NaN until they write it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or backend == "native")
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def reference_arithmetic() -> None:
+    """Here the operators run on the backend that is tested."""
 
 
 class _Poisoning:

@@ -1,0 +1,253 @@
+// What the CPU kernels share: dtypes, vectors of two registers, chunks, and stores past the cache.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+namespace anyflow {
+
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- dtypes
+
+inline ScalarType accumulation_dtype(std::initializer_list<ScalarType> dtypes) {
+  for (const ScalarType dtype : dtypes) {
+    if (dtype == at::kDouble) {
+      return at::kDouble;
+    }
+  }
+  return at::kFloat;
+}
+
+// The dtype in which a kernel reads or writes a tensor: its own where the kernel is compiled for it, else the
+// accumulator's, with a conversion before or after.
+inline ScalarType storage_dtype(ScalarType dtype, ScalarType accumulate) {
+  const bool reduced = dtype == at::kBFloat16 || dtype == at::kHalf;
+  return accumulate == at::kFloat && reduced ? dtype : accumulate;
+}
+
+template <class F>
+void with_dtype(ScalarType storage, F&& f) {
+  switch (storage) {
+    case at::kFloat: return f(float{});
+    case at::kDouble: return f(double{});
+    case at::kBFloat16: return f(at::BFloat16{});
+    case at::kHalf: return f(at::Half{});
+    default: TORCH_INTERNAL_ASSERT(false, "no kernel for ", storage);
+  }
+}
+
+template <class F>
+void with_accumulator(ScalarType accumulate, F&& f) {
+  accumulate == at::kDouble ? f(double{}) : f(float{});
+}
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Both without a call of the dispatcher where there is nothing to do: these calls are half of what a small input costs.
+inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
+inline Tensor ready(const Tensor& tensor, ScalarType dtype) {
+  const Tensor converted = cast(tensor, dtype);
+  return converted.is_contiguous() ? converted : converted.contiguous();
+}
+
+inline Tensor empty(at::IntArrayRef shape, ScalarType dtype, const Tensor& like) {
+  return at::empty(shape, like.options().dtype(dtype));
+}
+
+template <class T>
+T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
+}
+
+template <class T>
+const T* const_data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+// ---- vectors
+
+// Two registers of accumulators: as many values as one register holds in bfloat16 or float16.
+template <class Acc>
+struct Lanes {
+  using Vector = at::vec::Vectorized<Acc>;
+  static constexpr int64_t size = 2 * Vector::size();
+
+  Vector low, high;
+
+  Lanes() = default;
+  Lanes(Vector low, Vector high) : low(low), high(high) {}
+  explicit Lanes(Acc value) : low(value), high(value) {}
+
+  friend Lanes operator+(const Lanes& a, const Lanes& b) {
+    return {a.low + b.low, a.high + b.high};
+  }
+  friend Lanes operator-(const Lanes& a, const Lanes& b) {
+    return {a.low - b.low, a.high - b.high};
+  }
+  friend Lanes operator*(const Lanes& a, const Lanes& b) {
+    return {a.low * b.low, a.high * b.high};
+  }
+  friend Lanes operator/(const Lanes& a, const Lanes& b) {
+    return {a.low / b.low, a.high / b.high};
+  }
+};
+
+// a * b + c, rounded once.
+template <class Acc>
+Lanes<Acc> fma(const Lanes<Acc>& a, const Lanes<Acc>& b, const Lanes<Acc>& c) {
+  return {at::vec::fmadd(a.low, b.low, c.low), at::vec::fmadd(a.high, b.high, c.high)};
+}
+
+template <class Acc>
+Lanes<Acc> sigmoid(const Lanes<Acc>& x) {
+  const Lanes<Acc> one(Acc(1));
+  return one / (one + Lanes<Acc>(x.low.neg().exp(), x.high.neg().exp()));
+}
+
+template <class Acc>
+Lanes<Acc> silu(const Lanes<Acc>& x) {
+  return x * sigmoid(x);
+}
+
+template <class Acc>
+Lanes<Acc> silu_derivative(const Lanes<Acc>& x) {
+  const Lanes<Acc> one(Acc(1)), s = sigmoid(x);
+  return s * fma(x, one - s, one);
+}
+
+// In a fixed order.
+template <class Acc>
+Acc sum(const Lanes<Acc>& x) {
+  Acc values[Lanes<Acc>::Vector::size()], total = 0;
+  (x.low + x.high).store(values);
+  for (const Acc value : values) {
+    total += value;
+  }
+  return total;
+}
+
+// How many values of a Lanes are read or written; Full is all of them, known to the compiler.
+template <class Acc>
+using Full = std::integral_constant<int64_t, Lanes<Acc>::size>;
+
+// Values past count are zero.
+template <class Acc, class T, class Count = Full<Acc>>
+Lanes<Acc> load_lanes(const T* from, Count count = {}) {
+  using Vector = typename Lanes<Acc>::Vector;
+  if constexpr (!std::is_same_v<Count, Full<Acc>>) {
+    Acc values[Lanes<Acc>::size] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      values[i] = static_cast<Acc>(from[i]);
+    }
+    return load_lanes<Acc>(values);
+  } else if constexpr (std::is_same_v<T, Acc>) {
+    return {Vector::loadu(from), Vector::loadu(from + Vector::size())};
+  } else {
+    static_assert(at::vec::Vectorized<T>::size() == Lanes<Acc>::size);
+    const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
+    return {low, high};
+  }
+}
+
+// An output, from some element on. Where the arrays outgrow the caches, a store that goes past them saves reading each
+// line before it is overwritten; it needs an aligned address.
+template <class T>
+struct Output {
+  T* data;
+  bool stream;
+
+  Output(T* data, bool stream) : data(data), stream(stream && reinterpret_cast<std::uintptr_t>(data) % 32 == 0) {}
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <class T>
+void store_register(const at::vec::Vectorized<T>& values, T* to, [[maybe_unused]] bool stream) {
+#ifdef CPU_CAPABILITY_AVX2
+  if (stream) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm256_stream_ps(to, values);
+    } else if constexpr (std::is_same_v<T, double>) {
+      return _mm256_stream_pd(to, values);
+    } else {
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), values);
+    }
+  }
+#endif
+  values.store(to);
+}
+
+template <class Acc, class T, class Count = Full<Acc>>
+void store_lanes(const Lanes<Acc>& lanes, const Output<T>& to, int64_t at, Count count = {}) {
+  using Vector = typename Lanes<Acc>::Vector;
+  if constexpr (!std::is_same_v<Count, Full<Acc>>) {
+    Acc values[Lanes<Acc>::size];
+    lanes.low.store(values);
+    lanes.high.store(values + Vector::size());
+    for (int64_t i = 0; i < count; ++i) {
+      to.data[at + i] = static_cast<T>(values[i]);
+    }
+  } else if constexpr (std::is_same_v<T, Acc>) {
+    store_register(lanes.low, to.data + at, to.stream);
+    store_register(lanes.high, to.data + at + Vector::size(), to.stream);
+  } else {
+    store_register(at::vec::convert_from_float<T>(lanes.low, lanes.high), to.data + at, to.stream);
+  }
+}
+
+// ---- loops
+
+constexpr int64_t CHUNK = 8192; // elements that one thread takes in a row, however many threads there are
+
+// f(position, count) for consecutive Lanes of [0, size).
+template <class Acc, class F>
+void for_lanes(int64_t size, F&& f) {
+  int64_t i = 0;
+  for (; i + Lanes<Acc>::size <= size; i += Lanes<Acc>::size) {
+    f(i, Full<Acc>{});
+  }
+  if (i < size) {
+    f(i, size - i);
+  }
+}
+
+inline int64_t chunks_of(int64_t size) {
+  return (size + CHUNK - 1) / CHUNK;
+}
+
+inline void drain_streams() {
+#ifdef CPU_CAPABILITY_AVX2
+  _mm_sfence();
+#endif
+}
+
+// f(begin, end) for every chunk of [0, size), in parallel.
+template <class F>
+void for_chunks(int64_t size, F&& f) {
+  constexpr int64_t grain = 4; // chunks: less is done sooner than a thread wakes up
+  at::parallel_for(0, chunks_of(size), grain, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      f(chunk * CHUNK, std::min(size, (chunk + 1) * CHUNK));
+    }
+    drain_streams();
+  });
+}
+
+constexpr int64_t STREAM_FROM = int64_t(48) << 20; // bytes read and written
+
+} // namespace anyflow

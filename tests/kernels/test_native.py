@@ -1,0 +1,236 @@
+"""The compiled extension: that it runs, that threads change nothing, and what happens where it does not fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import OPERATORS, outputs_and_gradients, sample_inputs
+
+import anyflow_kernels
+from anyflow_kernels import _library, _native
+
+ROOT = Path(__file__).parents[2]
+needs_extension = pytest.mark.skipif(
+    _native.extension is None, reason=anyflow_kernels.describe().splitlines()[-1].replace("%", "%%")
+)
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+SEVERAL_CHUNKS: dict[str, dict[str, Any]] = {
+    "gate_blend": {"size": (3, 30011)},
+    "rollout_step": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
+    "flowmap_embedding": {"rows": (35,), "channels": 130, "hidden": (260, 390), "width": 267},
+}
+
+
+@needs_extension
+def test_the_extension_says_how_it_was_built() -> None:
+    extension = _native.extension
+    assert extension.torch == torch.__version__
+    assert extension.instruction_set in ("AVX2", "DEFAULT")
+    last = anyflow_kernels.describe().splitlines()[-1]
+    assert last == f"native extension: {_native.about}"
+    assert extension.compiler in last and "no CUDA kernels" in last
+    for name in _library._operators:
+        (line,) = (x for x in anyflow_kernels.describe().splitlines() if x.split()[:2] == [name, "cpu"])
+        assert line.split()[2] == "native"
+
+
+@needs_extension
+def test_the_dispatcher_holds_the_compiled_kernels() -> None:
+    for name in _library._operators:
+        table = torch._C._dispatch_dump(f"anyflow_kernels::{name}")
+        (line,) = (x for x in table.splitlines() if x.startswith("CPU:"))
+        assert ".cpp" in line, line
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_extension
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_threads_change_nothing(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1], **SEVERAL_CHUNKS[operator])
+        with anyflow_kernels.use_backend("native"):
+            outputs, gradients = outputs_and_gradients(sample, sample.run)
+        results.append([*outputs, *gradients.values()])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            assert torch.equal(found, expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("operator", ["gate_blend", "rollout_step"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_results_written_past_the_caches_are_the_same(operator: str, dtype: torch.dtype) -> None:
+    """Arrays beyond the size from which stores bypass the caches, at aligned and at unaligned rows."""
+    for width in (1 << 20, (1 << 20) + 3):
+        shape = {"size": (8, width), "times": (8,)} if operator == "rollout_step" else {"size": (8, width)}
+        large = sample_inputs(operator, "cpu", F32, second_dtype=dtype, **shape)
+        per_element = {n for n, t in large.tensors.items() if t.ndim == 2}
+        rows = [
+            large.replaced(**{n: t[i : i + 1] for n, t in large.tensors.items() if n in per_element or t.numel() == 8})
+            for i in (0, 7)
+        ]
+        with anyflow_kernels.use_backend("native"):
+            found = large.run(**large.tensors)[0]
+            for i, row in zip((0, 7), rows, strict=True):
+                assert torch.equal(found[i : i + 1], row.run(**row.tensors)[0])
+
+
+def _copy_of_the_package(folder: Path) -> Path:
+    shutil.copytree(ROOT / "anyflow_kernels", folder / "anyflow_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    found = [*(folder / "anyflow_kernels").glob("_C.*")]
+    return found[0] if found else folder / "anyflow_kernels" / "_C.so"
+
+
+def _import(folder: Path, **environment: str) -> str:
+    """What describe() ends in, in a fresh process that imports the package from ``folder`` and uses it."""
+    script = """
+        import torch
+        import anyflow_kernels
+        assert anyflow_kernels.gate_blend(torch.ones(2), torch.zeros(2), torch.tensor(0.25)).tolist() == [0.75, 0.75]
+        lines = anyflow_kernels.describe().splitlines()
+        assert {line.split()[2] for line in lines if line.split()[1] == "cpu"} == {"reference"}, lines
+        assert all("native: not loaded" in line for line in lines[1:-1])
+        try:
+            anyflow_kernels.use_backend("native").__enter__()
+        except RuntimeError as error:
+            assert lines[-1].removeprefix("native extension: ") in str(error), error
+        else:
+            raise AssertionError("use_backend did not refuse")
+        print(lines[-1])
+    """
+    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    command = [sys.executable, "-W", "error::Warning:anyflow_kernels", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().removeprefix("native extension: ")
+
+
+def test_no_extension(tmp_path: Path) -> None:
+    _copy_of_the_package(tmp_path).unlink(missing_ok=True)
+    assert _import(tmp_path) == "not built"
+
+
+@needs_extension
+def test_an_extension_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
+    library = _copy_of_the_package(tmp_path)
+    ours = torch.__version__.encode()
+    other = b"1" + ours[1:]
+    content = library.read_bytes()
+    library.write_bytes(content.replace(b"built for torch " + ours, b"built for torch " + other))
+    expected = f"built for torch {other.decode()}, but this is torch {torch.__version__}: build it again"
+    assert _import(tmp_path) == expected
+
+
+def test_a_library_that_cannot_be_loaded(tmp_path: Path) -> None:
+    library = _copy_of_the_package(tmp_path)
+    library.unlink(missing_ok=True)  # never write to a library that this process has mapped
+    library.write_bytes(b"no library")
+    assert _import(tmp_path) == f"{library.name} is broken: it does not say what it was built for"
+    stamp = f"anyflow_kernels built for torch {torch.__version__} on DEFAULT\0"
+    library.write_bytes(b"no library" + stamp.encode())
+    assert _import(tmp_path).startswith("cannot be loaded (ImportError: ")
+
+
+def test_the_environment_keeps_the_extension_out(tmp_path: Path) -> None:
+    _copy_of_the_package(tmp_path)
+    name = _library.ENVIRONMENT_VARIABLE
+    assert _import(tmp_path, **{name: "reference"}) == f"{name}=reference"
+
+
+def test_an_extension_for_instructions_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "_C.so"
+    library.write_bytes(f"..anyflow_kernels built for torch {torch.__version__} on AVX2\0..".encode())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert _native._unfit(library) is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert _native._unfit(library) == "built for AVX2, which this processor lacks"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The project with one small C++ file: how it is built does not depend on how much is built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("anyflow_kernels", "python"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C.*", "*.safetensors", "*.egg*"))
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "csrc" / "module.cpp", tmp_path / "csrc")
+    return tmp_path
+
+
+def _setup(source: Path, *command: str, prelude: str = "pass", **environment: str) -> subprocess.CompletedProcess[str]:
+    script = f"import sys, runpy; {prelude}; sys.argv = ['setup.py', *{list(command)}]; runpy.run_path('setup.py')"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, **environment}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def _built(source: Path) -> list[Path]:
+    return [*source.rglob("_C.*.so"), *source.rglob("_C.*.pyd")]
+
+
+def test_mode_0_builds_nothing(source: Path) -> None:
+    done = _setup(source, "build", ANYFLOW_BUILD_EXT="0")
+    assert done.returncode == 0, done.stderr
+    assert _built(source) == []
+    assert (source / "build" / "lib" / "anyflow_kernels" / "_library.py").exists()  # not of one platform
+
+
+@needs_extension  # so there is a compiler
+def test_mode_1_builds(source: Path) -> None:
+    done = _setup(source, "build_ext", "--inplace", ANYFLOW_BUILD_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning:" not in done.stdout + done.stderr
+    (library,) = (x for x in _built(source) if "build" not in x.parts[len(source.parts) :])
+    assert library.parent == source / "anyflow_kernels"
+    assert _native._unfit(library) is None
+
+
+BROKEN = {
+    "torch": ({"prelude": "sys.modules['torch'] = None"}, "torch is not installed here"),
+    "compiler": ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
+    "build": ({"CXX": shutil.which("false") or "false"}, "the C++ kernels were not built"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler is replaced by the command false")
+@pytest.mark.parametrize(("how", "message"), BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_built(source: Path, how: dict[str, str], message: str) -> None:
+    done = _setup(source, "build", ANYFLOW_BUILD_EXT="auto", **how)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr
+    assert _built(source) == []
+    done = _setup(source, "build", ANYFLOW_BUILD_EXT="1", **how)
+    assert done.returncode != 0
+
+
+def test_a_wrong_mode_is_named(source: Path) -> None:
+    done = _setup(source, "build", ANYFLOW_BUILD_EXT="yes")
+    assert done.returncode != 0
+    assert "ANYFLOW_BUILD_EXT='yes': allowed are auto, 0 and 1" in done.stderr
+
+
+def test_metadata_needs_no_torch(source: Path) -> None:
+    for command in (["egg_info"], ["sdist"]):
+        done = _setup(source, *command, prelude="sys.modules['torch'] = None")
+        assert done.returncode == 0, done.stderr
