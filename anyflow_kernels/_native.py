@@ -21,8 +21,8 @@ def load() -> tuple[ModuleType | None, str]:
         return None, f"{ENVIRONMENT_VARIABLE}=reference"
     name = f"{__package__}._C"
     found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        return None, "not built"
+    if found is None or found.origin is None or Path(found.origin).parent != Path(__file__).parent:
+        return None, "not built"  # another copy of the package is not asked for its own
     reason = _unfit(Path(found.origin))
     if reason is not None:
         return None, reason
