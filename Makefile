@@ -5,7 +5,10 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: install test lint demo clean
+BENCH ?= runs/bench
+FULL ?=
+
+.PHONY: install test lint demo bench bench-gpu inspect clean
 
 install: $(STAMP)
 
@@ -27,6 +30,17 @@ test: lint
 
 demo: install
 	$(RUN) -m anyflow.demo --out $(OUT)
+
+# Some minutes on two cores; FULL=--full runs every size. Writes results.json, summary.md and bench.png.
+bench: install
+	$(RUN) -m benchmarks --out $(BENCH) $(FULL)
+
+# Every size on a GPU. Installs nothing and needs no network: the virtual environment where there is one, else PYTHON.
+bench-gpu:
+	PYTHONPATH=.:python $(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks --device cuda --full --out $(BENCH)
+
+inspect: install
+	$(RUN) benchmarks/inspect_kernels.py --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info python/*.egg-info .ruff_cache .mypy_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -40,8 +41,9 @@ def test_distillation_step(model: Model, benchmark: Any, session: Session) -> No
             if not abs(loss - expected) <= TOLERANCE[dtype] * abs(expected):
                 raise RedGate(f"{name}: the loss is {loss}, plain PyTorch's {expected}")
 
-    round_, samples = measure.interleaved(session.clock, [(v, lambda v=v: v.function) for v in variants]), Samples()  # type: ignore[misc]
-    benchmark.pedantic(round_, args=(samples,), rounds=session.rounds(10), iterations=1)
+    pairs = [(variant, functools.partial(getattr, variant, "function")) for variant in variants]
+    round_, samples = measure.interleaved(session.clock, pairs, warm=False), Samples()
+    benchmark.pedantic(round_, args=(samples,), rounds=session.rounds(round_()), iterations=1)
     results = {}
     for variant in variants:
         milliseconds = {key: 1e3 * value for key, value in measure.quartiles(samples.seconds[variant.name]).items()}
@@ -53,7 +55,8 @@ def test_distillation_step(model: Model, benchmark: Any, session: Session) -> No
             "peak_bytes": measure.peak_bytes(variant.function, device),
             "loss": losses[variant.name][0],
         }
-    benchmark.extra_info.update(
+    session.report(
+        benchmark,
         kind="end to end",
         model=model.name,
         mode="step",

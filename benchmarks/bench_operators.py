@@ -140,6 +140,5 @@ def test_operator(case: Case, mode: str, benchmark: Any, session: Session) -> No
         errors = ready.gate(mode)
     pairs = [(v, functools.partial(ready.prepare, v, mode)) for v in ready.variants]
     round_, samples = measure.interleaved(session.clock, pairs), Samples()
-    round_()
-    benchmark.pedantic(round_, args=(samples,), rounds=session.rounds(20), iterations=1)
-    benchmark.extra_info.update(ready.record(mode, samples, errors, session.roofs["copy_gb_per_s"]))
+    benchmark.pedantic(round_, args=(samples,), rounds=session.rounds(round_()), iterations=1)
+    session.report(benchmark, **ready.record(mode, samples, errors, session.roofs["copy_gb_per_s"]))

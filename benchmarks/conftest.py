@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
 
 
+SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 5.0, 5, 100
+
+
 class Session:
     """What all benchmarks of a run share."""
 
@@ -36,13 +40,19 @@ class Session:
         self.out: Path = config.getoption("--out")
         self._rounds: int | None = config.getoption("--rounds")
         self.refused: list[dict[str, str]] = []
+        self.reported = 0
         # What is counted while compiling is not counted when it comes from a cache.
         torch._inductor.config.fx_graph_cache = False
         if self.device == "cpu":
             torch.set_num_threads(measure.THREADS)
 
-    def rounds(self, default: int) -> int:
-        return self._rounds or (default if self.device == "cpu" else 5 * default)
+    def rounds(self, first: float) -> int:
+        """As many as fit into some seconds, by how long the ``first`` one took, unless the command line says."""
+        return self._rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(SECONDS / first)))
+
+    def report(self, benchmark: Any, **record: Any) -> None:
+        benchmark.extra_info.update(record)
+        self.reported += 1
 
     @functools.cached_property
     def clock(self) -> measure.Clock:
@@ -75,6 +85,21 @@ def session(pytestconfig: pytest.Config) -> Session:
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     report.write(config.stash[SESSION], output_json)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """pytest-benchmark writes nothing where nothing was timed; what was refused is written all the same."""
+    ours = session.config.stash[SESSION]
+    if ours.refused and not ours.reported:
+        report.write(
+            ours,
+            {
+                "benchmarks": [],
+                "commit_info": session.config.hook.pytest_benchmark_generate_commit_info(config=session.config),
+                "machine_info": session.config.hook.pytest_benchmark_generate_machine_info(config=session.config),
+                "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            },
+        )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

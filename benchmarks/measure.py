@@ -1,7 +1,7 @@
 """How things are measured: the clock, memory, launches and bytes, the roofs of the machine, and the correctness gate.
 
 Times are medians of rounds in which every variant runs once, so that whatever slows the machine slows them alike, and
-ratios are medians of the ratios within a round. Before each timed run the same call is made untimed.
+ratios are medians of the ratios within a round. Before each timed call of an operator it is called once untimed.
 """
 
 from __future__ import annotations
@@ -92,21 +92,24 @@ class Clock:
 
 
 def interleaved(
-    clock: Clock, variants: Sequence[tuple[Variant, Callable[[], Callable[[], Any]]]]
-) -> Callable[..., None]:
-    """One round: each variant once. ``prepare`` of a pair does what is not timed, and gives the call that is. The
-    order rotates from round to round."""
+    clock: Clock, variants: Sequence[tuple[Variant, Callable[[], Callable[[], Any]]]], warm: bool = True
+) -> Callable[..., float]:
+    """One round: each variant once; returns how long it took. ``prepare`` of a pair does what is not timed, and gives
+    the call that is; ``warm`` makes it untimed before. The order rotates from round to round."""
     turn = 0
 
-    def round_(samples: Samples | None = None) -> None:
+    def round_(samples: Samples | None = None) -> float:
         nonlocal turn
+        start = time.perf_counter()
         turn += 1
         for variant, prepare in [*variants[turn % len(variants) :], *variants[: turn % len(variants)]]:
             with variant.active():
-                prepare()()
+                if warm:
+                    prepare()()
                 timed = clock.time(prepare())
             if samples is not None:
                 samples.add(variant.name, *timed)
+        return time.perf_counter() - start
 
     return round_
 
@@ -229,7 +232,7 @@ def cuda_launches(run: Callable[[], Any]) -> int:
 
 def roofs(clock: Clock, device: str) -> dict[str, float]:
     """The measured copy bandwidth (bytes read and written) in GB/s, and the rate of a matrix product in GFLOP/s."""
-    size, width, dtype = (1 << 30, 8192, torch.bfloat16) if device == "cuda" else (1 << 27, 1024, torch.float32)
+    size, width, dtype = (1 << 30, 8192, torch.bfloat16) if device == "cuda" else (1 << 26, 1024, torch.float32)
     source, target = (
         torch.zeros(size, dtype=torch.int8, device=device),
         torch.ones(size, dtype=torch.int8, device=device),
