@@ -5,9 +5,11 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 STAMP := $(VENV)/.installed
 
+BENCH ?= runs/bench
+FULL ?=
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: install test lint demo sanitize clean
+.PHONY: install test lint demo bench bench-gpu inspect sanitize clean
 
 install: $(STAMP)
 
@@ -35,6 +37,17 @@ demo: install
 # The C++ kernels under the address and undefined behaviour sanitizers: every operator test, in a folder of their own.
 sanitize: install
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=$(CURDIR)/$(RUN) csrc/sanitize.sh
+
+# Some minutes on two cores; FULL=--full runs every size. Writes results.json, summary.md and bench.png.
+bench: install
+	$(RUN) -m benchmarks --out $(BENCH) $(FULL)
+
+# Every size on a GPU. Installs nothing and needs no network: the virtual environment where there is one, else PYTHON.
+bench-gpu:
+	PYTHONPATH=.:python $(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks --device cuda --full --out $(BENCH)
+
+inspect: install
+	$(RUN) benchmarks/inspect_kernels.py --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) runs build anyflow_kernels/_C.* *.egg-info python/*.egg-info .ruff_cache .mypy_cache

@@ -1,27 +1,36 @@
-"""Compiles every Triton kernel for NVIDIA GPUs, on a machine without one, and prints what it uses as JSON.
+"""Compiles every Triton kernel for NVIDIA GPUs, on a machine without one, and reports what it uses.
 
-    python benchmarks/inspect_kernels.py [--targets 80 90 100] [--only SUBSTRING]
+    python benchmarks/inspect_kernels.py [--targets 80 90 100] [--only SUBSTRING] [--out FOLDER]
 
 The launchers run on tensors of the meta device at the sizes of real models; what they would launch is recorded, with
 the specialisations that Triton would derive, and compiled. For each kernel and target: registers a thread, bytes of
 spilled registers (local) and of stack, of shared memory, and its global loads and stores by width in bytes.
+
+Modelled: the occupancy, from the limits of a multiprocessor; and the bytes that all launches of an operator move over
+its floor (each input read and each result written once), when a launch moves every tensor that it is given once.
+
+Prints JSON, or with --out writes kernels.json and kernels.md.
 """
 
 import argparse
 import collections
 import inspect
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,39 +46,116 @@ POINTERS = {BF16: "*bf16", FP32: "*fp32", FP64: "*fp64", torch.float16: "*fp16",
 WAN_LATENTS = (1, 16, 21, 60, 104)
 
 
-def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def blend(dtype: torch.dtype) -> None:
-    base, delta, gate = empty(21, 1536, dtype=dtype), empty(21, 1536, dtype=dtype), empty(1)
-    gate_blend.gate_blend(base, delta, gate)
-    gate_blend.gate_blend_backward(base, base, delta, gate, True)
+@dataclass
+class Launch:
+    kernel: Any
+    source: ASTSource
+    options: dict[str, Any]
+    programs: int
+    tensors: list[Tensor]
 
 
-def rollout(dtype: torch.dtype, times: tuple[int, ...], guided: bool, last: bool = False) -> None:
-    x, v, sigma = empty(*WAN_LATENTS), empty(*WAN_LATENTS, dtype=dtype), empty(*times)
-    u = v if guided else None
-    rollout_step.rollout_step(x, x, v, u, sigma, sigma, sigma, 3.0, 1, 1000.0, 0.0, dtype, last)
-    model_grad = None if last else v
-    rollout_step.rollout_step_backward(None, x, model_grad, v, u, sigma, sigma, sigma, 3.0, 1, FP32)
+@dataclass
+class Call:
+    """An operator's launcher, run: its floor, and what it would launch."""
+
+    floor: int
+    own: list[Tensor]  # inputs and results: the rest that its launches are given is scratch
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def moved(self) -> int:
+        """Scratch that one launch alone is given is written and read by it, or read by PyTorch after it."""
+        kept = {_storage(tensor) for tensor in self.own}
+        given = collections.Counter(place for launch in self.launches for place in _bytes(launch.tensors))
+        total = 0
+        for launch in self.launches:
+            for place, size in _bytes(launch.tensors).items():
+                total += 2 * size if place not in kept and given[place] == 1 else size
+        return total
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensors: Sequence[Tensor]) -> dict[int, int]:
+    return {_storage(tensor): tensor.nbytes for tensor in tensors}
+
+
+def operator(launcher: Callable[..., Any], *arguments: Any, unread: Sequence[Tensor | None] = ()) -> Call:
+    """``unread``: the inputs of which only the shape and dtype count."""
+    launched: list[Launch] = []
+
+    def record(kernel: Any, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        parameters = inspect.signature(kernel.fn).parameters
+        options = {name: named.pop(name) for name in list(named) if name not in parameters}
+        bound = inspect.signature(kernel.fn).bind(*positional, **named)
+        tensors = [value for value in bound.arguments.values() if isinstance(value, Tensor)]
+        launched.append(Launch(kernel, source(kernel, bound), options, math.prod(grid), tensors))
+
+    run, triton.JITFunction.run = triton.JITFunction.run, record
+    try:
+        results = launcher(*arguments)
+    finally:
+        triton.JITFunction.run = run
+    given = [value for value in arguments if isinstance(value, Tensor)]
+    results = [value for value in (results if isinstance(results, tuple) else (results,)) if value.numel()]
+    needed = _bytes([value for value in given if not any(value is other for other in unread)])
+    return Call(sum(needed.values()) + sum(_bytes(results).values()), [*given, *results], launched)
+
+
+def blend(dtype: torch.dtype) -> list[Call]:
+    base, delta, grad = (empty(21, 1536, dtype=dtype) for _ in range(3))
+    gate = empty(1)
+    return [
+        operator(gate_blend.gate_blend, base, delta, gate),
+        operator(gate_blend.gate_blend_backward, grad, base, delta, gate, True),
+    ]
+
+
+def rollout(dtype: torch.dtype, times: tuple[int, ...], guided: bool, last: bool = False) -> list[Call]:
+    x, average, grad_average = (empty(*WAN_LATENTS) for _ in range(3))
+    v, grad_input = empty(*WAN_LATENTS, dtype=dtype), empty(*WAN_LATENTS, dtype=dtype)
+    u = empty(*WAN_LATENTS, dtype=dtype) if guided else None
+    sigma, sigma_next, weight = (empty(*times) for _ in range(3))
+    backward = (None, grad_average, None) if last else (None, grad_average, grad_input)
+    return [
+        operator(
+            rollout_step.rollout_step,
+            *(x, average, v, u, sigma, sigma_next, weight, 3.0, 1, 1000.0, 0.0, dtype, last),
+            unread=(x, sigma, sigma_next) if last else (),
+        ),
+        operator(
+            rollout_step.rollout_step_backward,
+            *(*backward, v, u, sigma, sigma_next, weight, 3.0, 1, FP32),
+            unread=(v, u),
+        ),
+    ]
 
 
 def embedding(
     rows: int, width: int, base: torch.dtype, delta: torch.dtype, times: torch.dtype = FP32, backward: bool = False
-) -> None:
-    def mlp(dtype: torch.dtype) -> list[torch.Tensor]:
+) -> list[Call]:
+    def mlp(dtype: torch.dtype) -> list[Tensor]:
         shapes = ((width, 256), (width,), (width, width), (width,))
         return [empty(*shape, dtype=dtype) for shape in shapes]
 
-    t, gate, grad = empty(rows, dtype=times), empty(1), empty(rows, width, dtype=base)
-    weights, options = (*mlp(base), *mlp(delta)), (256, True, 0.0, 1.0, 10000.0, 1.0, "r")
-    flowmap_embedding.flowmap_embedding(t, t, *weights, gate, *options, True)
+    t, r, gate = empty(rows, dtype=times), empty(rows, dtype=times), empty(1)
+    grad, grad_silu = empty(rows, width, dtype=base), empty(rows, width, dtype=base)
+    arguments = (t, r, *mlp(base), *mlp(delta), gate, 256, True, 0.0, 1.0, 10000.0, 1.0, "r")
+    calls = [operator(flowmap_embedding.flowmap_embedding, *arguments, True)]
     if backward:
-        flowmap_embedding.flowmap_embedding_backward(grad, grad, t, t, *weights, gate, *options, True, True, True)
+        launcher = flowmap_embedding.flowmap_embedding_backward
+        calls.append(operator(launcher, grad, grad_silu, *arguments, True, True, True))
+    return calls
 
 
-CASES: dict[str, Callable[[], None]] = {
+CASES: dict[str, Callable[[], list[Call]]] = {
     "gate_blend bf16": lambda: blend(BF16),
     "gate_blend fp32": lambda: blend(FP32),
     "rollout_step bf16": lambda: rollout(BF16, (1, 1, 1, 1, 1), guided=True),
@@ -85,23 +171,6 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def launches(case: Callable[[], None]) -> list[tuple[Any, ASTSource, dict[str, Any]]]:
-    """(kernel, source, options) of every launch of a case, not launched."""
-    recorded = []
-
-    def record(kernel: Any, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        parameters = inspect.signature(kernel.fn).parameters
-        options = {name: named.pop(name) for name in list(named) if name not in parameters}
-        recorded.append((kernel, source(kernel, inspect.signature(kernel.fn).bind(*positional, **named)), options))
-
-    launch, triton.JITFunction.run = triton.JITFunction.run, record
-    try:
-        case()
-    finally:
-        triton.JITFunction.run = launch
-    return recorded
-
-
 def source(kernel: Any, bound: inspect.BoundArguments) -> ASTSource:
     """What Triton's launcher specialises on: types, None, 1, and divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
@@ -109,7 +178,7 @@ def source(kernel: Any, bound: inspect.BoundArguments) -> ASTSource:
         divisible = False
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Tensor):
             signature[parameter.name], divisible = POINTERS[value.dtype], True
         elif isinstance(value, float):
             signature[parameter.name] = parameter.annotation_type or "fp32"
@@ -132,7 +201,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def accesses(ptx: str, instruction: str) -> dict[int, int]:
     """How many global loads ("ld", asynchronous copies to shared memory included) or stores ("st") of each width a
     thread has, by bytes."""
-    widths = collections.Counter()
+    widths: collections.Counter[int] = collections.Counter()
     for vector, bits in re.findall(rf"{instruction}\.global(?:\.[A-Za-z0-9_:]+?)*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx):
         widths[int(vector or 1) * int(bits) // 8] += 1
     if instruction == "ld":
@@ -140,36 +209,96 @@ def accesses(ptx: str, instruction: str) -> dict[int, int]:
     return dict(sorted(widths.items()))
 
 
+@dataclass(frozen=True)
+class Multiprocessor:
+    shared: int  # bytes, of which each block takes 1024 for itself
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65536  # given to warps by 256
+
+
+MULTIPROCESSORS = {80: Multiprocessor(164 << 10), 90: Multiprocessor(228 << 10), 100: Multiprocessor(228 << 10)}
+
+
+def occupancy(capability: int, registers: int, shared: int, warps: int) -> float | None:
+    """The share of a multiprocessor's warps that fit in it at once; None for a target whose limits are not listed."""
+    limits = MULTIPROCESSORS.get(capability)
+    if limits is None:
+        return None
+    by_registers = limits.registers // (-(-registers * 32 // 256) * 256) // warps
+    blocks = min(limits.blocks, limits.warps // warps, by_registers, limits.shared // (shared + 1024))
+    return blocks * warps / limits.warps
+
+
 def report(targets: list[int], only: str = "") -> Iterator[dict[str, Any]]:
     seen = set()
     for case, run in CASES.items():
-        if only not in case:
-            continue
-        for kernel, kernel_source, options in launches(run):
-            for capability in targets:
-                key = (kernel_source.hash(), str(options), capability)
+        for call in run() if only in case else ():
+            for launch, capability in itertools.product(call.launches, targets):
+                key = (launch.source.hash(), str(launch.options), capability)
                 if key in seen:
                     continue
                 seen.add(key)
                 target = GPUTarget("cuda", capability, 32)
-                compiled = triton.compile(kernel_source, target=target, options=options)
-                used = resources(compiled.asm["cubin"])
+                compiled = triton.compile(launch.source, target=target, options=launch.options)
+                used, shared, warps = (
+                    resources(compiled.asm["cubin"]),
+                    compiled.metadata.shared,
+                    launch.options["num_warps"],
+                )
                 yield {
                     "case": case,
-                    "kernel": kernel.fn.__name__,
+                    "kernel": launch.kernel.fn.__name__,
                     "target": f"sm_{capability}",
                     "registers": used["REG"],
                     "local": used["LOCAL"],
                     "stack": used["STACK"],
-                    "shared": compiled.metadata.shared,
+                    "shared": shared,
                     "loads": accesses(compiled.asm["ptx"], "ld"),
                     "stores": accesses(compiled.asm["ptx"], "st"),
+                    "programs": launch.programs,
+                    "threads": 32 * warps,
+                    "occupancy": occupancy(capability, used["REG"], shared, warps),
+                    "operator_launches": len(call.launches),
+                    "operator_moved_over_floor": round(call.moved / call.floor, 3),
                 }
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    def widths(counts: dict[int, int]) -> str:
+        return ", ".join(f"{count} x {width}" for width, count in counts.items())
+
+    lines = [
+        f"triton {triton.__version__}. Measured: what the compiler made. Modelled: occupancy; bytes over the floor, of "
+        "all launches of the operator's call.",
+        "",
+        "| case | kernel | target | registers | spilled | stack | shared | loads (bytes wide) | stores | programs | "
+        "occupancy | launches | bytes / floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        share = entry["occupancy"]
+        cells = [
+            *(entry[key] for key in ("case", "kernel", "target", "registers", "local", "stack", "shared")),
+            *(widths(entry["loads"]), widths(entry["stores"]), f"{entry['programs']} x {entry['threads']}"),
+            "" if share is None else f"{100 * share:.0f} %",
+            entry["operator_launches"],
+            entry["operator_moved_over_floor"],
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, help="write kernels.json and kernels.md there")
     arguments = parser.parse_args()
-    print(json.dumps(list(report(arguments.targets, arguments.only)), indent=1))
+    entries = list(report(arguments.targets, arguments.only))
+    if arguments.out is None:
+        print(json.dumps(entries, indent=1))
+    else:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "kernels.json").write_text(json.dumps(entries, indent=1) + "\n")
+        (arguments.out / "kernels.md").write_text(markdown(entries))

@@ -1,0 +1,1 @@
+"""Benchmarks: operators and a whole distillation step against plain PyTorch. ``make bench``, ``make inspect``."""

@@ -1,0 +1,192 @@
+"""The benchmark suite: what it writes, what it refuses, and that both sides of a comparison compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anyflow_kernels
+from benchmarks import end_to_end, measure
+from benchmarks.bench_operators import MODES, Bench
+from benchmarks.operators import CASES, cases
+
+ROOT = Path(__file__).parents[1]
+SMALLEST = cases("smallest")
+TIMES = {"median", "q1", "q3"}
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without Triton's interpreter, which the other tests run in."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        # Threads that wait asleep: beside other tests, those that spin take the cores from those that work.
+        env={**inherited, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("bench")
+    done = run("-m", "benchmarks", "--level", "smallest", "--rounds", "1", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_run_says_where_it_comes_from(suite: tuple[Path, dict[str, Any]]) -> None:
+    out, document = suite
+    assert document["device_type"] == "cpu" and document["device"] and document["threads"] == measure.THREADS
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["copy_gb_per_s"] > 0 and document["product_gflop_per_s"] > 0
+    assert {"commit", "dirty", "time", "load_average", "backends", "measured", "modelled"} <= document.keys()
+    assert document["refused"] == []
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    header, first = (out / "summary.md").read_text().split("\n| what |")[1].split("\n|---")[0], "variant | x eager"
+    assert header.strip().startswith(first)  # ratios first
+
+
+@pytest.mark.slow
+def test_every_operator_and_direction_is_reported(suite: tuple[Path, dict[str, Any]]) -> None:
+    results = [result for result in suite[1]["results"] if result["kind"] == "operator"]
+    assert [(r["operator"], r["model"], r["mode"]) for r in results] == [
+        (case.operator_name, case.model, mode) for case in SMALLEST for mode in MODES
+    ]
+    for result in results:
+        ran, skipped = set(result["variants"]) - {"eager", "torch.compile"}, set(result["skipped"])
+        assert {"eager", "torch.compile", "reference"} <= set(result["variants"])
+        assert ran | skipped == set(anyflow_kernels._library.BACKENDS) and not ran & skipped
+        assert result["floor_bytes"] > 0 and result["flops"] > 0
+        for name, found in result["variants"].items():
+            assert found["ratio_to_eager"].keys() == found["ratio_to_compile"].keys() == found["ms"].keys() == TIMES
+            assert found["ms"]["median"] > 0 and found["gb_per_s"] > 0 and found["share_of_copy_bandwidth"] > 0
+            assert found["launches"] >= 1 and found["peak_bytes"] > 0, name
+            # Inductor and the floor agree on what must be moved; nothing moves less.
+            assert found["bytes_over_floor"] >= 0.99, (result["operator"], result["mode"], name)
+        assert result["variants"]["eager"]["ratio_to_eager"]["median"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_step_is_reported(suite: tuple[Path, dict[str, Any]]) -> None:
+    (result,) = (result for result in suite[1]["results"] if result["kind"] == "end to end")
+    assert result["model"] == "tiny Wan" and set(result["variants"]) == {"eager", "AnyFlow"}
+    losses = {name: found["loss"] for name, found in result["variants"].items()}
+    assert losses["AnyFlow"] == pytest.approx(losses["eager"], rel=result["loss_tolerance"])
+    assert all(found["peak_bytes"] > 0 for found in result["variants"].values())
+
+
+def test_sizes_are_named_by_model() -> None:
+    for operator in ("flowmap_embedding", "gate_blend", "rollout_step"):
+        models = " ".join(case.model for case in CASES if case.operator_name == operator)
+        for name in ("Wan2.1 1.3B 480p 81 frames", "14B", "FLUX 1024", "SD3 1024", "SDXL 1024", "digits demo"):
+            assert name in models, operator
+
+
+WRONG: dict[str, tuple[str, Any]] = {  # by operator: what its public function does wrong, and the mode that must see it
+    "gate_blend": ("forward", lambda right: lambda *a, **k: 1.0001 * right(*a, **k)),
+    "flowmap_embedding": ("backward", lambda right: lambda *a, **k: _doubled_gradient(right(*a, **k))),
+    "rollout_step": ("both", lambda right: lambda *a, **k: _one_nan(right(*a, **k))),
+}
+
+
+def _doubled_gradient(y: Tensor) -> Tensor:
+    return y.detach() + 2 * (y - y.detach())
+
+
+def _one_nan(state: Any) -> Any:
+    average = state.average.clone()
+    average.view(-1)[0] = float("nan")
+    return state._replace(average=average)
+
+
+@pytest.mark.parametrize("case", SMALLEST, ids=[case.operator_name for case in SMALLEST])
+def test_the_gate_refuses_a_wrong_operator(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, spoil = WRONG[case.operator_name]
+    ready = Bench(case, "cpu")
+    assert set(ready.gate(mode)) >= {"eager", "torch.compile", "reference"}
+    monkeypatch.setattr(anyflow_kernels, case.operator_name, spoil(getattr(anyflow_kernels, case.operator_name)))
+    with pytest.raises(measure.RedGate, match=r"reference: (result|gradient) 0 is off|reference: result 1 is off"):
+        ready.gate(mode)
+
+
+@pytest.mark.slow
+def test_nothing_is_reported_on_a_red_gate(tmp_path: Path) -> None:
+    (tmp_path / "spoilt.py").write_text(
+        "import anyflow_kernels\n"
+        "right = anyflow_kernels.gate_blend\n"
+        "anyflow_kernels.gate_blend = lambda *a, **k: 1.01 * right(*a, **k)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "python")])
+    arguments = ("-p", "spoilt", "--level", "smallest", "--rounds", "1", "--device", "cpu", "-k", "gate_blend")
+    done = run("-m", "benchmarks", *arguments, "--out", str(tmp_path), PYTHONPATH=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["results"] == []
+    assert [entry["mode"] for entry in document["refused"]] == list(MODES)
+    assert "REFUSED gate_blend, digits demo, forward: reference: result 0" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "model", [model for model in end_to_end.MODELS if model.name.startswith("tiny")], ids=lambda model: model.name
+)
+def test_plain_pytorch_has_the_loss_of_anyflow(model: end_to_end.Model) -> None:
+    """Over three steps of the optimizer: gradients agree as well. Tolerance: float32 sums in another order."""
+    steps = [make(model, "cpu", torch.float32) for make in (end_to_end.with_plain_pytorch, end_to_end.with_anyflow)]
+    plain, ours = ([float(step()) for _ in range(3)] for step in steps)
+    assert ours == pytest.approx(plain, rel=end_to_end.TOLERANCE[torch.float32])
+    assert len(set(plain)) == 3
+
+
+def test_memory_is_counted_by_allocations() -> None:
+    x = torch.zeros(1000)
+
+    def three_at_once() -> Tensor:
+        a = x + 1
+        b = a + 1
+        c = a * b
+        del a, b
+        return c + 1
+
+    assert measure.peak_bytes(three_at_once, "cpu") == 3 * 4000
+
+
+def test_traffic_counts_operands_once_and_no_views() -> None:
+    x = torch.zeros(1000)
+    assert measure.traffic(lambda: (x.view(10, 100).t() + 1, torch.empty(10)), expand=False) == (1, 8000)
+    assert measure.traffic(lambda: x.mul_(2), expand=False) == (1, 8000)
+    base, gate = torch.zeros(100), torch.tensor(0.5)
+    assert measure.traffic(lambda: anyflow_kernels.gate_blend(base, base, gate), expand=False)[0] == 1
+    assert measure.traffic(lambda: anyflow_kernels.gate_blend(base, base, gate), expand=True)[0] == 3
+
+
+@pytest.mark.slow
+def test_inspection_writes_its_report(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = str(ROOT / "benchmarks" / "inspect_kernels.py")
+    done = run(script, "--only", " bf16", "--targets", "80", "90", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((tmp_path / "kernels.json").read_text())
+    assert len((tmp_path / "kernels.md").read_text().splitlines()) == 4 + len(entries)
+    for entry in entries:
+        assert 0 < entry["occupancy"] <= 1 and entry["programs"] > 0
+        elementwise = "embedding" not in entry["kernel"]
+        # One launch that moves nothing twice; the gate's partial sums are a thousandth. The embedding's forward reads
+        # weights once, with a little scratch; its backward reads the second layers twice.
+        limit = 1.002 if elementwise else 1.1 if "bwd" not in entry["kernel"] else 1.6
+        assert 1 <= entry["operator_moved_over_floor"] <= limit, entry
+        if elementwise:
+            assert entry["operator_launches"] == 1 and entry["occupancy"] >= 0.5
