@@ -5,10 +5,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 STAMP := $(VENV)/.installed
 
-BENCH ?= runs/bench
-FULL ?=
-
-.PHONY: install test lint demo bench bench-gpu inspect clean
+.PHONY: install test lint demo clean
 
 install: $(STAMP)
 
@@ -28,8 +25,9 @@ lint: install
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile -q --durations=15
 
-demo: install
-	$(RUN) -m anyflow.demo --out $(OUT)
+.PHONY: bench bench-gpu inspect
+BENCH ?= runs/bench
+FULL ?=
 
 # Some minutes on two cores; FULL=--full runs every size. Writes results.json, summary.md and bench.png.
 bench: install
@@ -41,6 +39,9 @@ bench-gpu:
 
 inspect: install
 	$(RUN) benchmarks/inspect_kernels.py --out benchmarks/results
+
+demo: install
+	$(RUN) -m anyflow.demo --out $(OUT)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info python/*.egg-info .ruff_cache .mypy_cache
