@@ -31,9 +31,6 @@ test: lint
 	# One thread for each of the two workers: more would wait for each other.
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -q --durations=15
 
-demo: install
-	$(RUN) -m anyflow.demo --out $(OUT)
-
 # The C++ kernels under the address and undefined behaviour sanitizers: every operator test, in a folder of their own.
 sanitize: install
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=$(CURDIR)/$(RUN) csrc/sanitize.sh
@@ -48,6 +45,9 @@ bench-gpu:
 
 inspect: install
 	$(RUN) benchmarks/inspect_kernels.py --out benchmarks/results
+
+demo: install
+	$(RUN) -m anyflow.demo --out $(OUT)
 
 clean:
 	rm -rf $(VENV) runs build anyflow_kernels/_C.* *.egg-info python/*.egg-info .ruff_cache .mypy_cache

@@ -42,6 +42,8 @@ class Bench:
         both = {key: forward[key] + backward[key] for key in forward}
         self.compiled = {"forward": forward, "backward": backward, "both": both}
         self.floors = {mode: case.floor(self.tensors, outputs, mode) for mode in MODES}
+        largest = max(self.floors.values()) // 2
+        self.source, self.target = (torch.zeros(largest, dtype=torch.int8, device=device) for _ in range(2))
 
     def backward(self, outputs: tuple[Tensor, ...], tensors: Tensors) -> tuple[Tensor, ...]:
         leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -88,6 +90,11 @@ class Bench:
                 launches = measure.cuda_launches(self.prepare(variant, mode))
             return launches, moved
 
+    def copy(self, mode: str) -> Tensor:
+        """Moves as many bytes as the floor: what the ratio to a copy is taken against, in the same rounds."""
+        half = self.floors[mode] // 2
+        return self.target[:half].copy_(self.source[:half])
+
     def peak(self, variant: Variant, mode: str) -> int:
         with variant.active():
             return measure.peak_bytes(self.prepare(variant, mode), self.device)
@@ -102,6 +109,7 @@ class Bench:
             variants[variant.name] = {
                 "ratio_to_eager": samples.ratio("eager", variant.name),
                 "ratio_to_compile": samples.ratio("torch.compile", variant.name),
+                "ratio_to_copy": samples.ratio("copy", variant.name),
                 "ms": milliseconds,
                 "host_ms": 1e3 * measure.quartiles(samples.host_seconds[variant.name])["median"],
                 "gb_per_s": speed,
@@ -138,7 +146,10 @@ def test_operator(case: Case, mode: str, benchmark: Any, session: Session) -> No
     ready = bench(case, session.device)
     with session.refused_when_red(case.name, mode):
         errors = ready.gate(mode)
-    pairs = [(v, functools.partial(ready.prepare, v, mode)) for v in ready.variants]
+    pairs: list[tuple[Variant, Callable[[], Callable[[], Any]]]] = [
+        (variant, functools.partial(ready.prepare, variant, mode)) for variant in ready.variants
+    ]
+    pairs.append((Variant("copy", ready.copy), lambda: functools.partial(ready.copy, mode)))
     round_, samples = measure.interleaved(session.clock, pairs), Samples()
     benchmark.pedantic(round_, args=(samples,), rounds=session.rounds(round_()), iterations=1)
     session.report(benchmark, **ready.record(mode, samples, errors, session.roofs["copy_gb_per_s"]))

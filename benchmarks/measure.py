@@ -10,7 +10,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,12 +149,25 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         result = run()
     del result
     assert profile.profiler is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live: dict[int, int] = {}  # by address: what was allocated before may be freed here, and is not counted
     level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
+    tree = profile.profiler.kineto_results.experimental_event_tree()
+    for event in sorted(_allocations(tree), key=lambda event: event.start_time_ns):
+        size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+        if size > 0:
+            live[address] = size
+            level += size
+        else:
+            level -= live.pop(address, 0)
         peak = max(peak, level)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)
 
 
 class Traffic(TorchDispatchMode):

@@ -102,7 +102,7 @@ def embedding(
         make=make,
         operator=operator,
         eager=lambda tensors: (eager.flowmap_embedding(*arguments(tensors)),),
-        backward_reads=("r", "delta.weight_1", "delta.bias_1", "delta.weight_2", "gate"),
+        backward_reads=("delta.weight_2", "gate"),  # with the activations saved, which are small
         # Backward: the hidden layer again, two products with the second layer's weight, one with the features.
         flops=(4 * rows * hidden * (channels + width), 4 * rows * hidden * (channels + width)),
         level=level,

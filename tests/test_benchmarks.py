@@ -73,6 +73,7 @@ def test_every_operator_and_direction_is_reported(suite: tuple[Path, dict[str, A
         assert result["floor_bytes"] > 0 and result["flops"] > 0
         for name, found in result["variants"].items():
             assert found["ratio_to_eager"].keys() == found["ratio_to_compile"].keys() == found["ms"].keys() == TIMES
+            assert found["ratio_to_copy"].keys() == TIMES
             assert found["ms"]["median"] > 0 and found["gb_per_s"] > 0 and found["share_of_copy_bandwidth"] > 0
             assert found["launches"] >= 1 and found["peak_bytes"] > 0, name
             # Inductor and the floor agree on what must be moved; nothing moves less.
