@@ -7,12 +7,13 @@ python=${PYTHON:-python3}
 folder=build/sanitize
 rm -rf "$folder"
 mkdir -p "$folder"
-cp -r anyflow_kernels csrc setup.py pyproject.toml README.md LICENSE python "$folder"
-rm -f "$folder"/anyflow_kernels/_C.*
+cp -r anyflow_kernels csrc setup.py pyproject.toml README.md LICENSE python tests "$folder"
+cd "$folder" # which is what python -m pytest imports from
+rm -f anyflow_kernels/_C.*
 export ANYFLOW_SANITIZE=1 ANYFLOW_BUILD_EXT=1
-(cd "$folder" && "$python" setup.py -q build_ext --inplace)
+"$python" setup.py -q build_ext --inplace
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # libstdc++ as well: the sanitizer looks up __cxa_throw before torch would load it.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libstdc++.so.6)"
-PYTHONPATH="$PWD/$folder:$PWD/$folder/python" OMP_NUM_THREADS=2 "$python" -m pytest -q -n 0 -k native \
+PYTHONPATH="$PWD:$PWD/python" OMP_NUM_THREADS=2 "$python" -m pytest -q -n 0 -k native \
     tests/kernels/test_gate_blend.py tests/kernels/test_rollout_step.py tests/kernels/test_flowmap_embedding.py "$@"
