@@ -66,8 +66,8 @@ def patch(
 
     The embedding of time becomes e(t) + gate (d(tau) - e(t)), where d, the delta embedder, starts as a trainable copy
     of e, and tau is r or t - r (AnyFlow, arXiv 2605.13724). ``model(..., r_timestep=None)`` stays the stock model to
-    the bit. With type "r" and r = t, a fresh patch changes nothing either (where a fused kernel runs, up to its rounding);
-    with type "t-r" it does, as d sees 0, and warns.
+    the bit. With type "r" and r = t, a fresh patch changes nothing either (with a fused kernel, no more than its
+    rounding); with type "t-r" it does, as d sees 0, and warns.
 
     ``model``: a diffusers model, one wrapped by peft, DDP or torch.compile, or a pipeline.
     ``gate_value``: in [0, 1].
