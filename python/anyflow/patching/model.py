@@ -77,7 +77,7 @@ class FlowMapModel(Swapped):
             schedule: Schedule | None = self._flowmap_schedule
             if schedule is not None and not schedule.held and torch.is_grad_enabled():
                 schedule = None  # left behind by a sampler that was interrupted: it must not reach training
-            if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+            if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
                 return stock_forward(self, *args, **kwargs)  # raises
             arguments = dict(zip(names, args, strict=False))
             arguments.update(kwargs)
