@@ -44,6 +44,7 @@ def write(session: Session, output_json: dict[str, Any]) -> None:
         "device": torch.cuda.get_device_name() if gpu else output_json["machine_info"]["cpu"].get("brand_raw", "cpu"),
         "device_type": session.device,
         "threads": None if gpu else torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": os.getloadavg(),
         "versions": versions(),
         "backends": anyflow_kernels.describe().splitlines(),

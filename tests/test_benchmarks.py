@@ -30,8 +30,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        # Threads that wait asleep: beside other tests, those that spin take the cores from those that work.
-        env={**inherited, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", **environment},
+        env={**inherited, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=500,
