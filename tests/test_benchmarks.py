@@ -24,8 +24,9 @@ TIMES = {"median", "q1", "q3"}
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Without Triton's interpreter, which the other tests run in."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    """Without Triton's interpreter, which the other tests run in, and without the signs of a pytest worker, in which
+    pytest-benchmark measures nothing."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     return subprocess.run(
         [sys.executable, *command],
