@@ -259,6 +259,7 @@ def test_times_reach_the_sinusoid_in_float32(name: str) -> None:
 
         seen[dtype] = [features_at(case.model, layers, lambda r=r: run(r)) for r in (case.r, near)]
     whole = find_spec(zoo.class_of(name)).sites[0].whole_times
+    assert all(captured for of_dtype in seen.values() for captured in of_dtype)
     for wide, narrow in zip(seen[torch.float32], seen[torch.bfloat16], strict=True):
         for a, b in zip(wide, narrow, strict=False):
             # Krea 2 rounds the features itself; past the first channels, Chroma's are no times.
@@ -626,8 +627,9 @@ def test_layerwise_casting_after_patching(name: str) -> None:
     case.model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     dtypes = [{p.dtype for p in case.model.get_submodule(path).parameters()} for path in (site.embedder, site.delta)]
     assert dtypes[0] == dtypes[1]
+    # Weights of three bits are off by up to 6 %; a model that reads its storage as numbers is off by everything.
     output = case(case.r)
-    assert output.isfinite().all() and (output - expected).abs().max() < expected.abs().max()
+    assert output.isfinite().all() and (output - expected).norm() < 0.5 * expected.norm()
     again = zoo.build(name)
     anyflow.patch(again)
     anyflow.unpatch(again)

@@ -16,7 +16,9 @@ from tiny_models import perturb_delta
 from torch import Tensor, nn
 
 import anyflow
+import anyflow_kernels
 from anyflow.families import EmbedderSite, FamilySpec, find_spec
+from anyflow_kernels import _native
 
 NAMES = tiny_models.NAMES
 SIGMAS, LOWER = [0.937, 0.4503], [0.3, 0.11]
@@ -632,3 +634,21 @@ def test_float32_rule_follows_the_source() -> None:
     assert "delta_embedder" not in type(model)._keep_in_fp32_modules
     anyflow.unpatch(model)
     assert "delta_embedder" not in model._keep_in_fp32_modules
+
+
+@pytest.mark.skipif(_native.extension is None, reason=_native.about)
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("ZImage")])  # its embedder is not fused
+def test_whole_models_on_the_compiled_kernels(name: str) -> None:
+    """At r = t with a fresh clone, and at r with another one, against the reference, which all other tests run on."""
+    found = []
+    for backend in ("reference", "native"):
+        model, inputs, t, r = setup(name)
+        anyflow.patch(model)
+        with anyflow_kernels.use_backend(backend):
+            fresh = call(model, name, inputs, t, t)
+            perturb_delta(model)
+            found.append((fresh, call(model, name, inputs, t, r)))
+    for reference, native in zip(*found, strict=True):
+        # float32 sums in another order, through a few layers: a hundred roundings of the largest value.
+        torch.testing.assert_close(native, reference, rtol=0, atol=100 * 2**-24 * float(reference.abs().max()))
+        assert native.isfinite().all()

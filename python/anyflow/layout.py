@@ -102,7 +102,7 @@ def channel_dim(spec: FamilySpec, x: Tensor) -> int:
     return -1 if x.ndim == 3 or spec.channels_last else 1
 
 
-def prediction_of(output: Any, spec: FamilySpec | None = None) -> Tensor:
+def prediction_of(output: Any, spec: FamilySpec) -> Tensor:
     """The prediction [B, ...] in what a model or a trainer returns: a tensor, a dict with ``model_prediction``, a
     diffusers output, a tuple (whose further modalities are left out); a list of samples is stacked."""
     if isinstance(output, Mapping) and "model_prediction" in output:
@@ -113,10 +113,10 @@ def prediction_of(output: Any, spec: FamilySpec | None = None) -> Tensor:
         output = output[0]
     if not isinstance(output, list):
         return output
-    if spec is not None and spec.sample_layout == "batches":
+    if spec.sample_layout == "batches":
         return torch.cat(output)
     stacked = torch.stack(output)
-    return stacked if spec is not None and spec.sample_layout == "videos" else stacked.squeeze(2)
+    return stacked.squeeze(2) if spec.sample_layout == "list" else stacked
 
 
 def velocity_part(spec: FamilySpec, prediction: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..families import EmbedderSite, find_spec
 from .files import read, write_tensors
+from .layers import lora_header, lora_scale
 from .namings import NAMINGS, WAN, Naming
 from .plain import plain_name
 from .student import FORMAT_VERSION, STUDENT_FILE
@@ -157,7 +158,7 @@ def _check_convertible(name: str, config: Mapping[str, Any], layers: Mapping[str
         raise ValueError(f"the adapter {name!r} is a {config['peft_type']}; of adapters only a LoRA can be converted")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         return
-    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    scale = lora_scale(config["lora_alpha"], config["r"], config)
     for path, state in layers.items():
         if abs(state["scaling"].get(name, scale) - scale) > 1e-9 * abs(scale):
             raise ValueError(f"{path} has the adapter {name!r} at another scale than its configuration says")
@@ -319,7 +320,5 @@ def _other_content(
     tensors = _renamed(checkpoint.tensors, renames)
     metadata = {"format": "pt", "family": checkpoint.family, **checkpoint.conditioning}
     if checkpoint.lora:
-        targets = sorted({key.partition(".lora_")[0] for key in tensors if ".lora_" in key})
-        config = {**checkpoint.lora, "target_modules": targets, "modules_to_save": None, "exclude_modules": None}
-        metadata["lora_adapter_metadata"] = json.dumps({key: v for key, v in config.items() if v is not None})
+        metadata["lora_adapter_metadata"] = lora_header(tensors, checkpoint.lora)
     return tensors, metadata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ..patching.patch import delta_paths
 from ..patching.unwrap import unwrap
 from ..sampling import AnyStepScheduler
 from .files import new_directory, write_tensors
-from .layers import adapter_configs, check_unmerged, flowmap_spec, tuner_layers
+from .layers import adapter_configs, check_unmerged, flowmap_spec, lora_header, lora_scale, tuner_layers
 from .plain import plain_state
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -54,10 +53,7 @@ def stock_lora(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], component: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a LoRA file of diffusers, for one component of a pipeline."""
-    targets = sorted({key.partition(".lora_")[0] for key in tensors})
-    config = {**config, "target_modules": targets, "modules_to_save": None, "exclude_modules": None}
-    values = {f"{component}.{key}": value for key, value in config.items() if value is not None}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(values, sort_keys=True)}
+    header = {"format": "pt", "lora_adapter_metadata": lora_header(tensors, config, f"{component}.")}
     return {f"{component}.{key}": tensor for key, tensor in tensors.items()}, header
 
 
@@ -76,7 +72,7 @@ def _check_scales(bare: nn.Module, name: str, config: Mapping[str, Any]) -> None
     for path, layer in tuner_layers(bare):
         if name not in getattr(layer, "scaling", {}):
             continue
-        scale = layer.lora_alpha[name] / layer.r[name] ** (0.5 if config.get("use_rslora") else 1)
+        scale = lora_scale(layer.lora_alpha[name], layer.r[name], config)
         if abs(layer.scaling[name] - scale) > 1e-9 * abs(scale):
             raise ValueError(
                 f"{path} has the adapter {name!r} at {layer.scaling[name] / scale:g} times its scale, which no LoRA "
@@ -144,7 +140,7 @@ def _flow_map_scheduler(pipe: Any, bare: nn.Module) -> Any:
 
     like = AnyStepScheduler.like(pipe.scheduler)
     steps = like.config.num_train_timesteps
-    if like.config.use_dynamic_shifting or like.config.shift_terminal:
+    if like.config.use_dynamic_shifting:
         raise ValueError(
             "the shift of this scheduler depends on the resolution, FlowMapEulerDiscreteScheduler's cannot"
         )

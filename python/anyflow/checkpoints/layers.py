@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -62,6 +62,18 @@ def check_configs(bare: nn.Module, configs: Mapping[str, Any]) -> None:
     ]
     if different:
         raise ValueError(f"nothing was loaded: {'; '.join(different)}")
+
+
+def lora_scale(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    return alpha / rank ** (0.5 if config.get("use_rslora") else 1)
+
+
+def lora_header(names: Iterable[str], config: Mapping[str, Any], prefix: str = "") -> str:
+    """JSON of a LoRA's configuration as diffusers keeps it in a file's header, its targets the layers in ``names``."""
+    targets = sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
+    config = {**config, "target_modules": targets, "modules_to_save": None, "exclude_modules": None}
+    return json.dumps({f"{prefix}{key}": value for key, value in config.items() if value is not None}, sort_keys=True)
 
 
 def add_adapters(bare: nn.Module, configs: Mapping[str, Any], *, only_names: bool = False) -> None:

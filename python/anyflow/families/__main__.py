@@ -58,8 +58,10 @@ def _embedders(spec: FamilySpec) -> str:
 
 
 def _site(site: EmbedderSite) -> str:
-    source = {True: "a function"}.get(isinstance(site.sinusoid, Sinusoid), f"`{site.sinusoid}`")
-    fed = "takes times" if site.sinusoid is None else f"from {source}"
+    if site.sinusoid is None:
+        fed = "takes times"
+    else:
+        fed = "from a function" if isinstance(site.sinusoid, Sinusoid) else f"from `{site.sinusoid}`"
     clone = "" if site.delta_name == "delta_embedder" else f" → `{site.delta_name}`"
     return f"`{site.embedder}` ({fed}){clone}"
 

@@ -5,6 +5,7 @@ from .spec import CONSTANT, GIVEN, TIME, EmbedderSite, FamilySpec, NativeTime, R
 _GUIDANCE = "embeds the guidance scale, not a time"
 _REFINER = ("context_embedder.time_text_embed", "the text refiner's own embedding of t")
 _UNET_LEFT = (("add_embedding", "embeds sizes, crops and pooled text, not a time"),)
+_WAN = (EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),)
 _ANYFLOW = NativeTime("r_timestep", "condition_embedder.delta_embedder", required=True)
 
 SPECS = (
@@ -12,18 +13,18 @@ SPECS = (
     FamilySpec(
         class_name="WanTransformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
         times="patches",
     ),
     FamilySpec(
         class_name="WanVACETransformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
     ),
     FamilySpec(
         class_name="WanAnimateTransformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
     ),
     FamilySpec(
         class_name="WanAnimate2Transformer3DModel",
@@ -41,13 +42,13 @@ SPECS = (
     FamilySpec(
         class_name="SkyReelsV2Transformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
         times="frames",
     ),
     FamilySpec(
         class_name="ChronoEditTransformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
     ),
     FamilySpec(
         class_name="AnyFlowTransformer3DModel",
@@ -85,12 +86,12 @@ SPECS = (
     FamilySpec(
         class_name="JoyImageEditTransformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
     ),
     FamilySpec(
         class_name="JoyImageEditPlusTransformer3DModel",
         time_scale=1000.0,
-        sites=(EmbedderSite("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),),
+        sites=_WAN,
     ),
     # FLUX and its relatives
     FamilySpec(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..families import EmbedderSite, FamilySpec, families, find_spec
+from ..families import EmbedderSite, FamilySpec, find_spec
 from ..families.resolve import has_module, resolve
 from .clone import clone_embedder
 from .embedder import FlowMapEmbedder, NarrowEntry
@@ -73,25 +73,29 @@ def patch(
     ``gate_value``: in [0, 1].
     ``deltatime_type``: "r", or "t-r": (sigma_t - sigma_r) in the model's time units, positive for every family.
     ``family``: the name of the spec to use, for subclasses; by default the name of the model's class.
-    ``r_timestep`` has the units of the model's own time argument, and its shape or one element.
+    ``r_timestep`` has the units of the model's own time argument, any dtype, and its shape, or one element; over times
+    of frames or tokens also [B], for all of a sample's that are not below it. A further time argument of a family
+    (``audio_timestep``) has a lower time of its own (``r_audio_timestep``); without it, ``r_timestep`` is taken.
 
     Only the instance changes: its class, and that of its time embedder, become generated subclasses of the same name;
     no parameter is renamed or moved. Patch before offloading, layerwise casting, quantisation and FSDP; before or after
     peft and torch.compile. A model inside DDP can be patched to sample; to train it, patch it before DDP, which reduces
     only the gradients of the parameters that it was built with.
 
-    Raises ValueError for an unknown class (the message shows how to write a spec), a class that has ``r_timestep``
-    itself, a gate or type out of range, or a model whose embedder cannot be cloned any more; TypeError when ``model``
-    is neither a model nor a pipeline.
+    A class with a second time itself is driven through that: nothing is cloned, gate and type are its own.
+
+    Raises ValueError for an unknown class (the message shows how to write a spec), a checkpoint or pipeline whose time
+    is not linear in sigma, a gate or type out of range, or a model whose embedder cannot be cloned any more; TypeError
+    when ``model`` is neither a model nor a pipeline.
     """
     check_conditioning(gate_value, deltatime_type)
     record = FlowMapPatch(denoisers(model))
     # Everything that can be refused is refused before the first model is touched.
-    check_pipeline(model, record.models)
     specs = [
         m._flowmap.spec if isinstance(m, FlowMapModel) else _check_patchable(m, find_spec(type(m).__name__, family))
         for m in record.models
     ]
+    check_pipeline(model, specs)
     for bare, spec in zip(record.models, specs, strict=True):
         if isinstance(bare, FlowMapModel):
             set_conditioning(bare, gate_value, deltatime_type)
@@ -116,7 +120,7 @@ def patch(
 def unpatch(model: Any) -> None:
     """Restore the stock model exactly: class, state_dict, outputs. A model that is not patched is left alone.
 
-    Raises ValueError when another wrapper swapped the class after patching.
+    Raises ValueError, and changes nothing, when another wrapper took hold of the model or an embedder after patching.
     """
     for bare in denoisers(model):
         if isinstance(bare, FlowMapModel):
@@ -172,16 +176,11 @@ def delta_paths(spec: FamilySpec) -> list[str]:
     return [site.delta for site in spec.sites] if spec.native is None else [spec.native.delta]
 
 
-def check_pipeline(target: Any, models: list[nn.Module]) -> None:
+def check_pipeline(target: Any, specs: Iterable[FamilySpec]) -> None:
     """ValueError, with the reason, for a pipeline whose models are not flow-matching in the time of their class."""
-    for model in models:
-        for name, why in find_spec(type(model).__name__).refused_pipelines if _is_known(model) else ():
-            if type(target).__name__ == name:
-                raise ValueError(f"{name} cannot be made a flow map: {why}")
-
-
-def _is_known(model: nn.Module) -> bool:
-    return type(model).__name__ in families()
+    for name, why in (refused for spec in specs for refused in spec.refused_pipelines):
+        if type(target).__name__ == name:
+            raise ValueError(f"{name} cannot be made a flow map: {why}")
 
 
 def _check_patchable(model: nn.Module, spec: FamilySpec) -> FamilySpec:

@@ -63,12 +63,12 @@ def all_times(
 
 def stock_arguments(spec: FamilySpec, arguments: dict[str, Any], times: Mapping[str, Pair]) -> dict[str, Any]:
     """What the stock forward is given: times of as many rows as r has, in the dtype that it needs, and a native r."""
-    sample = arguments.get(spec.sample_arg)
-    dtype = sample.dtype if spec.time_dtype == "model" and isinstance(sample, Tensor) else None
+    dtype = arguments[spec.sample_arg].dtype if spec.time_dtype == "model" else torch.float32
     for arg, (t, _) in times.items():
         given = arguments.get(arg)
-        if dtype is not None or (given is not None and t.numel() != torch.as_tensor(given).numel()):
-            arguments[arg] = t if dtype is None else t.to(dtype)
+        rows = given.numel() if isinstance(given, Tensor) else 1
+        if given is not None and (spec.time_dtype == "model" or rows != t.numel()):
+            arguments[arg] = t.to(dtype)
     if spec.native is not None:
         arguments[spec.native.arg] = times[spec.timestep_arg][1].to(dtype)
     return arguments

@@ -38,11 +38,11 @@ def any_step(pipe: Any, *, guidance: bool = False, sigmas: Sequence[float] | Non
     """
     if isinstance(pipe, nn.Module):
         raise TypeError(f"any_step takes a pipeline, got the model {type(pipe).__name__}")
-    models = denoisers(pipe)
+    models: list[Any] = denoisers(pipe)
     for model in models:
         if not is_patched(model):
             raise ValueError(f"{type(model).__name__} is not patched; call anyflow.patch(pipe) first")
-    check_pipeline(pipe, models)
+    check_pipeline(pipe, [model._flowmap.spec for model in models])
     grid = None if sigmas is None else _checked_grid(sigmas)
     with ExitStack() as stack:
         if isinstance(pipe.scheduler, MiniMaxH3Scheduler):

@@ -50,6 +50,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
 
     _models: Sequence[Any] = ()
     _grid: Sequence[float] | None = None  # instead of any other, before the shift
+    _replaces_grid = False  # whether a grid that the pipeline hands in gives way to the uniform one
     _announced: int | None = None
     _holds = False  # whether the models keep to r = t between two runs of the loop, instead of being stock
 
@@ -76,6 +77,7 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         }
         made = cls(shift=1.0 if shift is None else float(shift), **kept)
         made._models = tuple(models)
+        made._replaces_grid = any(model._flowmap.spec.replace_grid for model in made._models)
         return made
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -95,18 +97,14 @@ class AnyStepScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: Any = None,
     ) -> None:
         """As in the stock scheduler, but the default grid is uniform down to exactly 0 before the shift."""
-        if self._grid is not None or any(model._flowmap.spec.replace_grid for model in self._models):
-            given = sigmas if sigmas is not None else timesteps
-            num_inference_steps, sigmas, timesteps = (
-                len(given) if given is not None else num_inference_steps,
-                None,
-                None,
-            )
-        if sigmas is None and timesteps is None:
+        handed = timesteps if sigmas is None else sigmas
+        if self._grid is not None:
+            num_inference_steps, sigmas, timesteps = len(self._grid), list(self._grid), None
+        elif handed is None or self._replaces_grid:
+            num_inference_steps = num_inference_steps if handed is None else len(handed)
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps!r}")
-            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if self._grid is None else list(self._grid)
-            num_inference_steps = len(sigmas)
+            sigmas, timesteps = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1], None
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         self._announce(0)
 
