@@ -187,7 +187,7 @@ __device__ Acc block_sum(Acc value) {
 
 // Of one block: total = the sum of `count` partial sums.
 template <class Acc>
-__global__ void sum_partials_kernel(Acc* total, const Acc* partials, int64_t count) {
+__global__ void __launch_bounds__(THREADS) sum_partials_kernel(Acc* total, const Acc* partials, int64_t count) {
   Acc own = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) {
     own += partials[i];

@@ -1,8 +1,8 @@
 // y = e + gate (d - e),  e = base(sinusoid(time_scale t)),  d = delta(sinusoid(time_scale tau))
 //
-// A few rows meet megabytes of weights. A warp takes one or two output units of a layer, reads their weights 16 bytes at
-// a time, and multiplies them with up to eight rows, which the first-level cache holds; further rows find the weights in
-// a cache. Hidden units, and all sums, are in the accumulator's dtype.
+// A few rows meet megabytes of weights. A warp takes one or two output units of a layer, reads their weights 16 bytes
+// at a time, and multiplies them with up to eight rows, which the first-level cache holds; further rows find the
+// weights in a cache. Hidden units, and all sums, are in the accumulator's dtype.
 #include "flowmap_embedding.h"
 
 #include "device.cuh"
@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(LAYER_THREADS, RESIDENT<ROWS>) flowmap_embeddi
 }
 
 template <class Acc, int ROWS>
-__global__ void __launch_bounds__(LAYER_THREADS, RESIDENT<ROWS>) flowmap_embedding_hidden_kernel(FlowmapEmbedding given) {
+__global__ void __launch_bounds__(LAYER_THREADS, RESIDENT<ROWS>) flowmap_embedding_hidden_kernel(
+    FlowmapEmbedding given) {
   hidden_units<Acc, ROWS>(given);
 }
 

@@ -7,7 +7,7 @@ namespace anyflow::cuda {
 namespace {
 
 template <class T, class U>
-__global__ void gate_blend_fwd_kernel(
+__global__ void __launch_bounds__(THREADS) gate_blend_fwd_kernel(
     T* y, const T* base, const U* delta, const Accumulator<T>* gate, int64_t numel, bool aligned) {
   using Acc = Accumulator<T>;
   constexpr int N = lanes_of<T, U>();
@@ -23,7 +23,7 @@ __global__ void gate_blend_fwd_kernel(
 }
 
 template <class T, class U>
-__global__ void gate_blend_bwd_kernel(
+__global__ void __launch_bounds__(THREADS) gate_blend_bwd_kernel(
     T* grad_base,
     U* grad_delta,
     Accumulator<T>* partials,

@@ -1,8 +1,8 @@
 """The CUDA kernels of csrc/cuda, compiled for the CPU: where there is no GPU, this is how their results are seen.
 
-The sources are compiled as they are, but for ``launch.cuh``, in whose place the one of this folder runs each CUDA thread
-as a fiber, and for the dispatch key. The undefined behaviour sanitizer is on: it ends the process on an access of 16
-bytes that is not aligned.
+The sources are compiled as they are, but for ``launch.cuh``, in whose place the one of this folder runs each CUDA
+thread as a fiber, and for the dispatch key. The undefined behaviour sanitizer is on: it ends the process on an access
+of 16 bytes that is not aligned.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import hashlib
 import shutil
 import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,21 +88,19 @@ def _run(*command: Any) -> None:
 
 @functools.cache
 def kernels() -> dict[str, Callable[..., Any]]:
-    """Operator -> its CUDA kernel on the CPU; takes dispatch keys first."""
+    """Operator -> its CUDA kernel on the CPU."""
     torch.ops.load_library(build())
-    return {
-        name: torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", KEY).call_boxed for name in _library._operators
-    }
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    found = {name: torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", KEY) for name in _library._operators}
+    return {name: functools.partial(kernel.call_boxed, keys) for name, kernel in found.items()}
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """The operators run on these kernels, on tensors of the CPU."""
     overlay = torch.library.Library(_library.NAMESPACE, "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        for name, kernel in kernels().items():
-            overlay.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
+    for name, kernel in kernels().items():
+        _library._lay(overlay, name, kernel, "CPU")
     try:
         yield
     finally:

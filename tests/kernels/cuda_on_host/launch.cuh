@@ -1,8 +1,9 @@
 // In the place of csrc/cuda/launch.cuh: runs the kernels on the CPU, so that their results can be compared.
 //
-// Each CUDA thread is a fiber with a stack of its own. The threads of a block run one after the other, each up to the next
-// barrier, in an order that CUDA_ON_HOST_ORDER turns round ("reverse"); so do the blocks. A result that depends on the
-// order shows a missing barrier. Blocks of a launch_together stop at grid_barrier; their shared memory does not outlive it.
+// Each CUDA thread is a fiber with a stack of its own. The threads of a block run one after the other, each up to the
+// next barrier, in an order that CUDA_ON_HOST_ORDER turns round ("reverse"); so do the blocks. A result that depends on
+// the order shows a missing barrier. Blocks of a launch_together stop at grid_barrier; their shared memory does not
+// outlive it.
 #pragma once
 
 #include <cstdint>
