@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels of csrc/cuda for NVIDIA GPUs, on a machine without one, and reads what they use.
 
-The resources are those of the compiled kernels. Modelled, at the sizes of real models: the bytes that all launches of an
-operator move over its floor, when a launch moves every array that it is given once.
+The resources are those of the compiled kernels. Modelled, at the sizes of real models: the bytes that all launches of
+an operator move over its floor, when a launch moves every array that it is given once.
 """
 
 from __future__ import annotations
@@ -84,16 +84,13 @@ def _flowmap_embedding(rows: int, width: int, features: int = 256) -> list[Case]
         ("flowmap_embedding_output_kernel" + types, groups, LAYER_BLOCK),
     )
     floor = first + second + 2 * rounded
+    weights = 4 * _blocks(_blocks(width, 8) * _blocks(width, 4), BLOCK)
     backward = (
         two[0],
         ("flowmap_embedding_bwd_blend_kernel" + types, groups, LAYER_BLOCK),
         ("sum_partials_kernel<float>", 1, BLOCK),
         (f"flowmap_embedding_bwd_hidden_kernel<float, {1 if rows == 1 else 4}>", 2 * _blocks(width, 64), BLOCK),
-        (
-            "flowmap_embedding_bwd_weight_kernel<float>",
-            4 * _blocks(_blocks(width, 8) * _blocks(width, 4), BLOCK),
-            BLOCK,
-        ),
+        ("flowmap_embedding_bwd_weight_kernel<float>", weights, BLOCK),
     )
     inputs = 2 * FP32 * rows * features
     moved = (
@@ -159,9 +156,9 @@ def _demangled(text: str) -> str:
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
 
 
-def used_by(cubin: Path) -> dict[str, dict[str, Any]]:
-    """Kernel -> registers of a thread, bytes of spilled registers (local) and of stack, of shared memory, and its global
-    loads and stores by width in bytes."""
+def used_by(cubin: Path, capability: int) -> dict[str, dict[str, Any]]:
+    """Kernel -> registers of a thread, bytes of spilled registers (local) and of stack, of shared memory, and its
+    global loads and stores by width in bytes."""
     cuobjdump = _tool("cuobjdump")
     usage = _demangled(_run(cuobjdump, "--dump-resource-usage", cubin))
     found: dict[str, dict[str, Any]] = {}
@@ -170,7 +167,7 @@ def used_by(cubin: Path) -> dict[str, dict[str, Any]]:
         found[_short(name)] = {
             "registers": registers,
             "stack": stack,
-            "shared": shared % 1024 if shared < 2048 else shared,
+            "shared": shared - 1024 if capability >= 90 and shared else shared,  # the rest is each block's own
             "local": local,
             "loads": collections.Counter(),
             "stores": collections.Counter(),
@@ -190,7 +187,7 @@ def inspect(targets: list[int]) -> dict[int, dict[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
 
         def one(job: tuple[int, Path]) -> dict[str, dict[str, Any]]:
-            return used_by(compile_for(*job, Path(folder)))
+            return used_by(compile_for(*job, Path(folder)), job[0])
 
         jobs = [(capability, source) for capability in targets for source in SOURCES]
         found: dict[int, dict[str, dict[str, Any]]] = {capability: {} for capability in targets}

@@ -271,8 +271,8 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         return ", ".join(f"{count} x {width}" for width, count in counts.items())
 
     lines = [
-        f"triton {triton.__version__}, {inspect_cuda.versions()}. Measured: what the compiler made. Modelled: occupancy; bytes over the floor, of "
-        "all launches of the operator's call.",
+        f"triton {triton.__version__}, {inspect_cuda.versions()}. Measured: what the compiler made. Modelled: "
+        "occupancy; bytes over the floor, of all launches of the operator's call.",
         "",
         "| case | kernel | target | registers | spilled | stack | shared | loads (bytes wide) | stores | programs | "
         "occupancy | launches | bytes / floor |",

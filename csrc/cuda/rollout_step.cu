@@ -10,11 +10,12 @@ namespace {
 template <class Acc>
 struct Coefficients {
   const Times& times;
-  int64_t row, column;
+  int64_t row;
+  int64_t end; // of the row, counted from the start of the span
   Acc step, weight;
 
   __device__ Coefficients(const Times& times, const Span& span)
-      : times(times), row(span.at / times.inner), column(span.at % times.inner), step(0), weight(0) {
+      : times(times), row(span.at / times.inner), end((row + 1) * times.inner - span.at), step(0), weight(0) {
     if (span.count > 0) {
       read();
     }
@@ -28,9 +29,9 @@ struct Coefficients {
 
   // Before the element at span.at + i, for every i of the span.
   __device__ void enter(int i, const Span& span) {
-    if (i > 0 && i < span.count && ++column == times.inner) {
-      column = 0;
+    if (i == end && i < span.count) {
       ++row;
+      end += times.inner;
       read();
     }
   }
