@@ -141,6 +141,14 @@ def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
     )
 
 
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("size", [(3, 2, 5, 3), (2, 4, 50, 1)], ids=str)
+def test_rows_shorter_than_what_a_thread_takes(size: tuple[int, ...]) -> None:
+    for times in ((size[0], 1, size[2], 1), size):
+        check_against_oracle(sample_inputs("rollout_step", "cpu", F32, True, second_dtype=BF16, size=size, times=times))
+
+
 def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -> list[Tensor]:
     sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1], **shape)
     outputs, gradients = outputs_and_gradients(sample, sample.run)
