@@ -96,12 +96,12 @@ def dmd_gradient(
     uncond_real_velocity: Tensor,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Guidance in the model's dtype, the estimates and the loss in that of the sample."""
+    """In the dtype of the sample."""
     rows = (-1, *(1,) * (x.ndim - 1))
     with torch.no_grad():
-        real = uncond_real_velocity + guidance_scale * (real_velocity - uncond_real_velocity)
-        x0_real = x_sigma.to(x.dtype) - sigma.view(rows) * real.to(x.dtype)
-        x0_fake = x_sigma.to(x.dtype) - sigma.view(rows) * fake_velocity.to(x.dtype)
+        cond, uncond, fake = (v.to(x.dtype) for v in (real_velocity, uncond_real_velocity, fake_velocity))
+        x0_real = x_sigma.to(x.dtype) - sigma.view(rows) * (uncond + guidance_scale * (cond - uncond))
+        x0_fake = x_sigma.to(x.dtype) - sigma.view(rows) * fake
         normaliser = (x - x0_real).abs().flatten(1).mean(1).view(rows)
         gradient = torch.nan_to_num((x0_fake - x0_real) / normaliser)
         target = x - gradient
