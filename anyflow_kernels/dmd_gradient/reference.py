@@ -32,7 +32,7 @@ def dmd_gradient(
     count = max(1, per_sample(x).shape[1])
     normaliser = per_sample(distance).sum(1) / count
     size = per_sample(square).sum(1) / count / normaliser / normaliser
-    usable = (normaliser > 0) & normaliser.isfinite() & size.isfinite()
+    usable = normaliser.isfinite() & size.isfinite()  # of which the second is not where the normaliser is zero
 
     rows = (-1,) + (1,) * (x.ndim - 1)
     gradient = torch.where(usable.view(rows), difference / normaliser.view(rows), 0).detach().contiguous()
