@@ -183,7 +183,7 @@ def dmd_gradient_backward(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtyp
     shape = gradient.shape
     grad_x = torch.empty(shape, dtype=dtype, device=gradient.device)
     if grad_x.numel() > 0:
-        tiling, _ = rows_of_samples(shape, grad_loss.view(-1, *(1,) * (len(shape) - 1)))
+        tiling, _ = rows_of_samples(shape, grad_loss)
         _dmd_gradient_bwd_kernel[(shape[0] * tiling.programs,)](
             grad_x,
             grad_loss.contiguous(),

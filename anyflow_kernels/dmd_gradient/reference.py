@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import accumulation_dtype, per_sample
+from .._library import accumulation_dtype, over, per_sample
 
 
 def dmd_gradient(
@@ -19,7 +19,7 @@ def dmd_gradient(
     sign: int,
 ) -> tuple[Tensor, Tensor]:
     accumulate = accumulation_dtype(x, x_sigma, real_velocity)
-    x, sigma = x.to(accumulate), sigma.to(accumulate)
+    x, (sigma,) = x.to(accumulate), over(x.shape, sigma.to(accumulate))
     real, fake = real_velocity.to(accumulate), fake_velocity.to(accumulate)
     if uncond_real_velocity is not None:
         uncond = uncond_real_velocity.to(accumulate)
