@@ -16,4 +16,5 @@ export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1
 # libstdc++ as well: the sanitizer looks up __cxa_throw before torch would load it.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libstdc++.so.6)"
 PYTHONPATH="$PWD:$PWD/python" OMP_NUM_THREADS=2 "$python" -m pytest -q -n 0 -k native \
-    tests/kernels/test_gate_blend.py tests/kernels/test_rollout_step.py tests/kernels/test_flowmap_embedding.py "$@"
+    tests/kernels/test_gate_blend.py tests/kernels/test_rollout_step.py tests/kernels/test_flowmap_embedding.py \
+    tests/kernels/test_interval_inputs.py tests/kernels/test_flowmap_loss.py tests/kernels/test_dmd_gradient.py "$@"
