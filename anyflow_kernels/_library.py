@@ -58,9 +58,18 @@ _lock = threading.RLock()
 
 
 def define(
-    name: str, schema: str, *, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any] | str]
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    implementations: dict[str, Callable[..., Any] | str],
+    autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> None:
-    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one."""
+    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one.
+
+    ``autograd``: setup_context and backward, as ``torch.library.register_autograd`` takes them; for the builds without
+    the compiled one, which costs a call less.
+    """
     operator = Operator(name, implementations)
     _operators[name] = operator
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -71,6 +80,9 @@ def define(
     for device_type, key in DEVICES.items():
         if why_not("native", device_type, operator) is not None:
             LIBRARY.impl(name, _default_kernel(operator, device_type), key)
+    if autograd is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Autograd"):
+        setup_context, backward = autograd
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
@@ -161,19 +173,45 @@ def use_backend(name: str) -> Iterator[None]:
     if all(reason is not None for reason in reasons.values()):
         listed = "; ".join(sorted({f"{device_type}: {reason}" for (_, device_type), reason in reasons.items()}))
         raise RuntimeError(f"backend {name!r} cannot run here ({listed})")
-    overlay = torch.library.Library(NAMESPACE, "IMPL")
-    with _lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
-        for operator in _operators.values():
-            for device_type, key in DEVICES.items():
-                kernel = _forced_kernel(operator, name, device_type)
-                boxed = kernel is operator.implementations.get("native")  # takes the dispatch keys first
-                overlay.impl(operator.name, kernel, key, with_keyset=boxed, allow_override=True)
+    choice = [name]  # its own object: blocks of several threads end in any order
+    with _lock:
+        _forced.append(choice)
+        _lay_over()
     try:
         yield
     finally:
         with _lock:
-            overlay._destroy()
+            _forced[:] = [other for other in _forced if other is not choice]
+            _lay_over()
+
+
+_forced: list[list[str]] = []  # the blocks that are entered, the innermost last
+_overlay: list[torch.library.Library] = []  # the one of the innermost, where it is needed
+
+
+def _lay_over() -> None:
+    """Put the kernels of the innermost block over the default ones, and nothing over those that run anyway."""
+    while _overlay:
+        _overlay.pop()._destroy()
+    if not _forced:
+        return
+    (name,) = _forced[-1]
+    overlay = torch.library.Library(NAMESPACE, "IMPL")
+    _overlay.append(overlay)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
+        for operator in _operators.values():
+            for device_type, key in DEVICES.items():
+                if device_type == "cpu" and name == _runs_by_default(operator, device_type):
+                    continue
+                kernel = _forced_kernel(operator, name, device_type)
+                boxed = kernel is operator.implementations.get("native")  # takes the dispatch keys first
+                overlay.impl(operator.name, kernel, key, with_keyset=boxed, allow_override=True)
+
+
+def _runs_by_default(operator: Operator, device_type: str) -> str:
+    runs = (backend for backend in PREFERRED[device_type] if why_not(backend, device_type, operator) is None)
+    return next(runs, "reference")
 
 
 def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callable[..., Any]:
@@ -206,7 +244,7 @@ def describe() -> str:
             reasons = {backend: why_not(backend, device_type, operator) for backend in BACKENDS}
             if _native.extension is None:
                 reasons["native"] = "not loaded"
-            runs = next(backend for backend in PREFERRED[device_type] if reasons[backend] is None)
+            runs = _runs_by_default(operator, device_type)
             others = "; ".join(
                 f"{backend}: {reason or ('available' if backend != runs else '')}"
                 for backend, reason in reasons.items()
@@ -241,6 +279,18 @@ def same_device(name: str, **tensors: Tensor | None) -> torch.device:
                 f"{name}: all tensors must be on one device, but {first_name} is on {first} and {other_name} on {other}"
             )
     return first
+
+
+def floating_on_one_device(name: str, **tensors: Tensor | None) -> None:
+    """``floating`` and ``same_device`` in one pass: what every call of a small operator pays."""
+    device = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        device = device or tensor.device
+        if tensor.device != device or not tensor.is_floating_point():
+            floating(name, **tensors)
+            same_device(name, **tensors)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

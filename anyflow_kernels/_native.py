@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 ENVIRONMENT_VARIABLE = "ANYFLOW_KERNELS_BACKEND"
+_RUNS = {"AVX2": ("DEFAULT", "AVX2"), "AVX512": ("DEFAULT", "AVX2", "AVX512")}  # what runs where
 # A digest of all operators' schemas. A library whose kernels have other signatures would raise when the operators are
 # defined, and once loaded it stays. setup.py reads this line; tests/kernels/test_native.py knows what it has to be.
 SCHEMAS = "36c90c66"
@@ -57,8 +58,11 @@ def _unfit(path: Path) -> str | None:
         return f"built for operators {schemas}, but these are {SCHEMAS}: build it again"
     if version != torch.__version__:
         return f"built for torch {version}, but this is torch {torch.__version__}: build it again"
-    if instructions == "AVX2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return "built for AVX2, which this processor lacks"
+    available = torch.backends.cpu.get_cpu_capability()
+    if instructions not in _RUNS.get(available, ("DEFAULT",)):
+        return (
+            f"built for {instructions}, but this processor (or ATEN_CPU_CAPABILITY) gives {available}: build it again"
+        )
     return None
 
 

@@ -64,24 +64,33 @@ def rollout_step(
             raise ValueError(f"rollout_step: {name} has shape {tuple(other.shape)}, x has {tuple(x.shape)}")
     if sign not in (1, -1):
         raise ValueError(f"rollout_step: sign must be 1 or -1, got {sign!r}")
-    tensors = {"x": x, "average": average, "velocity": velocity, "uncond_velocity": uncond_velocity}
-    times = {"sigma": sigma, "sigma_next": sigma_next, "weight": weight}
-    _library.floating("rollout_step", **tensors, **times)
-    _library.same_device("rollout_step", **tensors, **times)
-    for name, value in times.items():
+    for name, value in (("sigma_next", sigma_next), ("weight", weight)):
         if value.shape != sigma.shape:
             raise ValueError(f"rollout_step: {name} has shape {tuple(value.shape)}, sigma has {tuple(sigma.shape)}")
+    _library.floating_on_one_device(
+        "rollout_step",
+        x=x,
+        average=average,
+        velocity=velocity,
+        uncond_velocity=uncond_velocity,
+        sigma=sigma,
+        sigma_next=sigma_next,
+        weight=weight,
+    )
+    for name, value in (("sigma", sigma), ("sigma_next", sigma_next), ("weight", weight)):
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"rollout_step: not differentiable in {name}, which requires a gradient; detach it")
-    _library.refuse_forward_ad("rollout_step", *tensors.values(), *times.values())
-    rows = _rows_shape(sigma, x)
+    _library.refuse_forward_ad("rollout_step", x, average, velocity, uncond_velocity, sigma, sigma_next, weight)
+    _check_broadcast(sigma, x)
     model_dtype = velocity.dtype if model_dtype is None else model_dtype
     new_x, new_average, model_input, model_time = torch.ops.anyflow_kernels.rollout_step.default(
         x,
         average,
         velocity,
         uncond_velocity,
-        *(value if value.shape == rows else value.reshape(rows) for value in times.values()),
+        sigma,
+        sigma_next,
+        weight,
         float(guidance_scale),
         sign,
         float(time_scale),
@@ -95,22 +104,17 @@ def rollout_step(
         model_input = new_x
     if model_time.requires_grad:
         model_time = model_time.detach()
-    return RolloutState(new_x, new_average, model_input, model_time.view(sigma.shape))
+    return RolloutState(new_x, new_average, model_input, model_time)
 
 
-def _rows_shape(sigma: Tensor, x: Tensor) -> tuple[int, ...]:
-    """The shape that lets sigma broadcast against x: a per-sample vector gets trailing ones."""
-    if sigma.numel() == 1:
-        return (1,) * x.ndim
-    if sigma.ndim == 1 and x.ndim > 0 and sigma.shape[0] == x.shape[0]:
-        return (sigma.shape[0],) + (1,) * (x.ndim - 1)
-    fits = sigma.ndim == x.ndim and all(s in (1, n) for s, n in zip(sigma.shape, x.shape, strict=True))
-    if not fits:
+def _check_broadcast(sigma: Tensor, x: Tensor) -> None:
+    if sigma.numel() == 1 or (sigma.ndim == 1 and x.ndim > 0 and sigma.shape[0] == x.shape[0]):
+        return
+    if sigma.ndim != x.ndim or not all(s in (1, n) for s, n in zip(sigma.shape, x.shape, strict=True)):
         raise ValueError(
             f"rollout_step: sigma of shape {tuple(sigma.shape)} does not broadcast to x of shape {tuple(x.shape)}; "
             f"pass one element, [{x.shape[0] if x.ndim else 1}], or {x.ndim} dimensions"
         )
-    return tuple(sigma.shape)
 
 
 def _fake(
@@ -161,27 +165,6 @@ def _backward_fake(
     )
 
 
-_library.define(
-    "rollout_step",
-    "(Tensor x, Tensor? average, Tensor velocity, Tensor? uncond_velocity, Tensor sigma, Tensor sigma_next, "
-    "Tensor weight, float guidance_scale, int sign, float time_scale, float time_offset, ScalarType model_dtype, "
-    "bool last) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    implementations={"reference": reference.rollout_step, "triton": f"{__name__}.kernels:rollout_step"},
-)
-_library.define(
-    "rollout_step_backward",
-    "(Tensor? grad_x, Tensor? grad_average, Tensor? grad_input, Tensor velocity, Tensor? uncond_velocity, "
-    "Tensor sigma, Tensor sigma_next, Tensor weight, float guidance_scale, int sign, ScalarType x_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.rollout_step_backward,
-        "triton": f"{__name__}.kernels:rollout_step_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, average, velocity, uncond_velocity, sigma, sigma_next, weight, guidance_scale, sign = inputs[:9]
     ctx.save_for_backward(velocity, uncond_velocity, sigma, sigma_next, weight)
@@ -216,6 +199,23 @@ def _backward(ctx: Any, grad_x: Tensor, grad_average: Tensor, grad_input: Tensor
     )
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::rollout_step", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_library.define(
+    "rollout_step",
+    "(Tensor x, Tensor? average, Tensor velocity, Tensor? uncond_velocity, Tensor sigma, Tensor sigma_next, "
+    "Tensor weight, float guidance_scale, int sign, float time_scale, float time_offset, ScalarType model_dtype, "
+    "bool last) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.rollout_step, "triton": f"{__name__}.kernels:rollout_step"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "rollout_step_backward",
+    "(Tensor? grad_x, Tensor? grad_average, Tensor? grad_input, Tensor velocity, Tensor? uncond_velocity, "
+    "Tensor sigma, Tensor sigma_next, Tensor weight, float guidance_scale, int sign, ScalarType x_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.rollout_step_backward,
+        "triton": f"{__name__}.kernels:rollout_step_backward",
+    },
 )

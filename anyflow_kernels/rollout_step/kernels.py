@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._library import accumulation_dtype
 from .._triton import ACCUMULATOR
+from .reference import over
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -294,6 +295,7 @@ def rollout_step_backward(
 
 
 def _rows(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
+    times = over(shape, *times)
     tiling = launch_config(shape, times[0].shape)
     if tiling is None:
         times = tuple(time.expand(shape) for time in times)
