@@ -17,7 +17,7 @@ ENVIRONMENT_VARIABLE = "ANYFLOW_KERNELS_BACKEND"
 _RUNS = {"AVX2": ("DEFAULT", "AVX2"), "AVX512": ("DEFAULT", "AVX2", "AVX512")}  # what runs where
 # A digest of all operators' schemas. A library whose kernels have other signatures would raise when the operators are
 # defined, and once loaded it stays. setup.py reads this line; tests/kernels/test_native.py knows what it has to be.
-SCHEMAS = "5e57c15d"
+SCHEMAS = "074f7c58"
 _STAMP = re.compile(rb"anyflow_kernels built for torch ([^ \0]+) on ([^ \0]+) with schemas ([^ \0]+)\0")
 
 

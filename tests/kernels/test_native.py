@@ -30,9 +30,9 @@ SEVERAL_CHUNKS: dict[str, dict[str, Any]] = {
     "gate_blend": {"size": (3, 40009)},
     "rollout_step": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
     "flowmap_embedding": {"rows": (35,), "channels": 130, "hidden": (260, 390), "width": 267},
-    "interval_inputs": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
-    "flowmap_loss": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
-    "dmd_gradient": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
+    "interval_inputs": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
+    "flowmap_loss": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
+    "dmd_gradient": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
 }
 
 
