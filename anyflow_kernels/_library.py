@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import re
 import threading
@@ -318,3 +319,54 @@ def floating(name: str, **tensors: Tensor | None) -> None:
     for tensor_name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name}: {tensor_name} must be floating point, got {tensor.dtype}")
+
+
+def constant(name: str, **tensors: Tensor | None) -> None:
+    """ValueError that names the tensor when a gradient is asked of one that gets none."""
+    if not torch.is_grad_enabled():
+        return
+    for tensor_name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: not differentiable in {tensor_name}, which requires a gradient; detach it")
+
+
+def same_shape(name: str, **tensors: Tensor | None) -> None:
+    """ValueError that names both when a tensor has another shape than the first."""
+    first_name, first = next(iter(tensors.items()))
+    for other_name, other in tensors.items():
+        if first is not None and other is not None and other.shape != first.shape:
+            raise ValueError(
+                f"{name}: {other_name} has shape {tuple(other.shape)}, {first_name} has {tuple(first.shape)}"
+            )
+
+
+def guidance(name: str, scale: float, uncond_name: str, uncond: Tensor | None) -> None:
+    """ValueError for a scale whose unconditional prediction is missing."""
+    if uncond is None and scale != 1.0:
+        raise ValueError(f"{name}: guidance_scale {scale} needs {uncond_name}")
+
+
+def broadcasts(name: str, like: Tensor, **times: Tensor | None) -> None:
+    """ValueError that names the tensor when one cannot be laid over ``like``."""
+    for time_name, time in times.items():
+        if time is None or time.numel() == 1 or (time.ndim == 1 and like.ndim > 0 and time.shape[0] == like.shape[0]):
+            continue
+        if time.ndim != like.ndim or not all(s in (1, n) for s, n in zip(time.shape, like.shape, strict=True)):
+            raise ValueError(
+                f"{name}: {time_name} of shape {tuple(time.shape)} does not broadcast to {tuple(like.shape)}; "
+                f"pass one element, [{like.shape[0] if like.ndim else 1}], or {like.ndim} dimensions"
+            )
+
+
+def over(shape: torch.Size, *times: Tensor) -> tuple[Tensor, ...]:
+    """The times with as many dimensions as ``shape``: one element, or [B] with ones behind."""
+    ones = (1,) * len(shape)
+    return tuple(
+        time if time.ndim == len(shape) else time.reshape(ones if time.numel() == 1 else (time.shape[0], *ones[1:]))
+        for time in times
+    )
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """[B, elements of a sample]"""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))

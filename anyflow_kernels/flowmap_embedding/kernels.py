@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import accumulation_dtype
-from .._triton import ACCUMULATOR
+from .._triton import ACCUMULATOR, arrival_counters
+from .._tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -732,7 +733,7 @@ def flowmap_embedding(
         y,
         silu_out,
         torch.empty((2, blocks, rows, channels), dtype=accumulate, device=t.device),
-        _arrival_counters(t.device, groups),
+        arrival_counters(t.device, groups),
         t,
         r,
         *weights,
@@ -901,7 +902,11 @@ def _plan(
     matrices = [w for w in weights if w is not None]
     accumulate = accumulation_dtype(*matrices)
     widest = max((w.dtype for w in matrices), key=lambda dtype: dtype.itemsize)
-    return accumulate, launch_config(rows, max(base_hidden, delta_hidden), channels, widest)
+    config = launch_config(rows, max(base_hidden, delta_hidden), channels, widest)
+    if widest != torch.float64:  # for which nothing is tuned
+        size = "small" if config.one_launch else "medium" if rows <= 16 else "large"
+        config = tuned("flowmap_embedding", size, config, matrices[0].device)
+    return accumulate, config
 
 
 def _common_times(t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -932,19 +937,3 @@ def _sinusoid_options(
         "TIME_SCALE": time_scale,
         "COS_FIRST": flip_sin_to_cos,
     }
-
-
-_counters: dict[tuple[int, int], Tensor] = {}
-
-
-def _arrival_counters(device: torch.device, count: int) -> Tensor:
-    """Zeros, which the last arriver of each group puts back. One set for each stream, whose launches take turns; a
-    captured graph, which may be replayed on any stream, gets its own."""
-    key = (-1, 0)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters or _counters[key].numel() < count:
-        _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return _counters[key]

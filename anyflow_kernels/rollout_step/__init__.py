@@ -59,14 +59,10 @@ def rollout_step(
     Raises ValueError for unequal or non-broadcastable shapes, mixed devices, a sign other than +1 or -1, or times that
     require gradients; NotImplementedError under forward-mode differentiation.
     """
-    for name, other in (("average", average), ("velocity", velocity), ("uncond_velocity", uncond_velocity)):
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f"rollout_step: {name} has shape {tuple(other.shape)}, x has {tuple(x.shape)}")
+    _library.same_shape("rollout_step", x=x, average=average, velocity=velocity, uncond_velocity=uncond_velocity)
     if sign not in (1, -1):
         raise ValueError(f"rollout_step: sign must be 1 or -1, got {sign!r}")
-    for name, value in (("sigma_next", sigma_next), ("weight", weight)):
-        if value.shape != sigma.shape:
-            raise ValueError(f"rollout_step: {name} has shape {tuple(value.shape)}, sigma has {tuple(sigma.shape)}")
+    _library.same_shape("rollout_step", sigma=sigma, sigma_next=sigma_next, weight=weight)
     _library.floating_on_one_device(
         "rollout_step",
         x=x,
@@ -77,11 +73,9 @@ def rollout_step(
         sigma_next=sigma_next,
         weight=weight,
     )
-    for name, value in (("sigma", sigma), ("sigma_next", sigma_next), ("weight", weight)):
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"rollout_step: not differentiable in {name}, which requires a gradient; detach it")
+    _library.constant("rollout_step", sigma=sigma, sigma_next=sigma_next, weight=weight)
     _library.refuse_forward_ad("rollout_step", x, average, velocity, uncond_velocity, sigma, sigma_next, weight)
-    _check_broadcast(sigma, x)
+    _library.broadcasts("rollout_step", x, sigma=sigma)
     model_dtype = velocity.dtype if model_dtype is None else model_dtype
     new_x, new_average, model_input, model_time = torch.ops.anyflow_kernels.rollout_step.default(
         x,
@@ -105,16 +99,6 @@ def rollout_step(
     if model_time.requires_grad:
         model_time = model_time.detach()
     return RolloutState(new_x, new_average, model_input, model_time)
-
-
-def _check_broadcast(sigma: Tensor, x: Tensor) -> None:
-    if sigma.numel() == 1 or (sigma.ndim == 1 and x.ndim > 0 and sigma.shape[0] == x.shape[0]):
-        return
-    if sigma.ndim != x.ndim or not all(s in (1, n) for s, n in zip(sigma.shape, x.shape, strict=True)):
-        raise ValueError(
-            f"rollout_step: sigma of shape {tuple(sigma.shape)} does not broadcast to x of shape {tuple(x.shape)}; "
-            f"pass one element, [{x.shape[0] if x.ndim else 1}], or {x.ndim} dimensions"
-        )
 
 
 def _fake(

@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import accumulation_dtype
-
-
-def over(x_shape: torch.Size, *times: Tensor) -> tuple[Tensor, ...]:
-    """The times with as many dimensions as x: one element, or [B] with ones behind."""
-    ones = (1,) * len(x_shape)
-    return tuple(
-        time if time.ndim == len(x_shape) else time.reshape(ones if time.numel() == 1 else (time.shape[0], *ones[1:]))
-        for time in times
-    )
+from .._library import accumulation_dtype, over
 
 
 def rollout_step(
