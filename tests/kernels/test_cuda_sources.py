@@ -29,9 +29,7 @@ REGISTERS = 168  # with 128 threads: three blocks on a multiprocessor of 65536 r
 def compiled() -> list[tuple[str, dict[str, Any]]]:
     """(kernel, what it uses), of each target."""
     return [
-        (f"{name} sm_{c}", used)
-        for c, found in inspect_cuda.inspect(list(TARGETS)).items()
-        for name, used in found.items()
+        (f"{name} sm_{c}", used) for c, found in inspect_cuda.inspect(TARGETS).items() for name, used in found.items()
     ]
 
 
@@ -102,6 +100,24 @@ def test_weights_are_read_16_bytes_at_a_time(compiled: list[tuple[str, dict[str,
         rows = int(layers[3])
         units, dtypes = (1 if rows <= 2 else 2), (3 if layers[2] == "float" else 1)
         assert used["loads"][16] >= units * dtypes, (name, used)
+
+
+@needs_nvcc
+@pytest.mark.usefixtures("compiled")
+def test_the_report_lists_every_launch() -> None:
+    entries = list(inspect_cuda.report(TARGETS))
+    launches = {
+        (case, kernel) for case, calls in inspect_cuda.CASES.items() for c in calls for kernel, _, _ in c.launches
+    }
+    for capability in TARGETS:
+        listed = {(e["case"], e["kernel"]) for e in entries if e["target"] == f"sm_{capability}"}
+        assert listed == {(f"{case}, CUDA C++", kernel) for case, kernel in launches}
+    for entry in entries:
+        # Elementwise operators move nothing twice; the embedding's backward reads the second layers twice, and the
+        # hidden units again and again.
+        limit = 1.6 if entry["operator_launches"] == 5 else 1.1 if "embedding" in entry["case"] else 1.002
+        assert 1 <= entry["operator_moved_over_floor"] <= limit, entry
+        assert entry["programs"] > 0 and sum(entry["loads"].values()) > 0
 
 
 # ---- on the CPU
