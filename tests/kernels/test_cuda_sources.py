@@ -11,7 +11,7 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
-from samples import OPERATORS, check_against_oracle, outputs_and_gradients, sample_inputs
+from samples import check_against_oracle, outputs_and_gradients, sample_inputs
 from torch import Tensor
 
 from benchmarks import inspect_cuda
@@ -139,7 +139,7 @@ LARGER: dict[str, dict[str, Any]] = {  # several blocks of every kernel, and end
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", cuda_on_host.OPERATORS)
 def test_larger_inputs(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     span = {"time_dtype": F64} if operator == "flowmap_embedding" else {}  # phases that float32 itself keeps
     check_against_oracle(
@@ -174,7 +174,7 @@ def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtypes", [(F32, BF16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", cuda_on_host.OPERATORS)
 def test_the_order_of_threads_and_blocks_changes_nothing(
     operator: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +190,7 @@ def test_the_order_of_threads_and_blocks_changes_nothing(
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", cuda_on_host.OPERATORS)
 def test_inputs_that_are_not_aligned(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Contiguous, but 8 bytes or less past a multiple of 16: read one by one, with the same result to the bit."""
     sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1])
