@@ -129,7 +129,7 @@ def flowmap_loss(
     loss = torch.empty(shape[0], dtype=accumulate, device=device)
     unweighted = torch.empty(shape[0], dtype=accumulate, device=device)
     times = [time for time in (interval, gap, weight) if time is not None]
-    tiling, rows = rows_of_samples(shape, *times)
+    tiling, rows = rows_of_samples("flowmap_loss", shape, *times)
     programs = shape[0] * tiling.programs
     _flowmap_loss_fwd_kernel[(programs,)](
         loss,
@@ -164,7 +164,7 @@ def flowmap_loss_backward(
     shape = residual.shape
     grad = torch.empty(shape, dtype=dtype, device=residual.device)
     if grad.numel() > 0:
-        tiling, rows = rows_of_samples(shape, weight)
+        tiling, rows = rows_of_samples("flowmap_loss", shape, weight)
         _flowmap_loss_bwd_kernel[(shape[0] * tiling.programs,)](
             grad,
             *(None if g is None else g.contiguous() for g in (grad_loss, grad_unweighted)),

@@ -109,7 +109,7 @@ def interval_inputs(
     inputs = [torch.empty(x0.shape, dtype=model_dtype, device=x0.device) for _ in sigmas]
     absent = [torch.empty(0, dtype=model_dtype, device=x0.device) for _ in range(3 - len(sigmas))]
     if x0.numel() > 0:
-        tiling, rows = rows_of(x0.shape, *sigmas)
+        tiling, rows = rows_of("interval_inputs", x0.shape, *sigmas)
         missing = [None] * len(absent)
         _interval_inputs_fwd_kernel[(tiling.programs,)](
             *inputs,
@@ -142,7 +142,7 @@ def interval_inputs_backward(
     grad_x0, grad_noise = (torch.empty(like.shape, dtype=d, device=like.device) for d in (x0_dtype, noise_dtype))
     if like.numel() > 0:
         sigmas = [s for s in (sigma, sigma_plus, sigma_minus) if s is not None]
-        tiling, rows = rows_of(like.shape, *sigmas)
+        tiling, rows = rows_of("interval_inputs", like.shape, *sigmas)
         _interval_inputs_bwd_kernel[(tiling.programs,)](
             grad_x0,
             grad_noise,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -24,8 +26,8 @@ needs_extension = pytest.mark.skipif(
 )
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SEVERAL_CHUNKS: dict[str, dict[str, Any]] = {
-    "gate_blend": {"size": (3, 30011)},
-    "rollout_step": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
+    "gate_blend": {"size": (3, 40009)},
+    "rollout_step": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
     "flowmap_embedding": {"rows": (35,), "channels": 130, "hidden": (260, 390), "width": 267},
     "interval_inputs": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
     "flowmap_loss": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
@@ -63,7 +65,7 @@ def threads() -> Iterator[None]:
 
 @needs_extension
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, BF16), (F64, F64)], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_threads_change_nothing(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     results = []
@@ -101,9 +103,15 @@ def test_results_written_past_the_caches_are_the_same(operator: str, width: int)
 
 
 def _copy_of_the_package(folder: Path) -> Path:
-    shutil.copytree(ROOT / "anyflow_kernels", folder / "anyflow_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", "_C.txt")
+    shutil.copytree(ROOT / "anyflow_kernels", folder / "anyflow_kernels", ignore=ignored)
     found = [*(folder / "anyflow_kernels").glob("_C.*")]
     return found[0] if found else folder / "anyflow_kernels" / "_C.so"
+
+
+def _stamp(instructions: str) -> bytes:
+    stamp = f"anyflow_kernels built for torch {torch.__version__} on {instructions} with schemas {_native.SCHEMAS}\0"
+    return stamp.encode()
 
 
 def _import(folder: Path, **environment: str) -> str:
@@ -146,13 +154,50 @@ def test_an_extension_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
     assert _import(tmp_path) == expected
 
 
+@needs_extension
+def test_an_extension_for_other_operators_is_not_loaded(tmp_path: Path) -> None:
+    """Its kernels have other signatures: to define the operators would raise."""
+    library = _copy_of_the_package(tmp_path)
+    ours, other = b"with schemas " + _native.SCHEMAS.encode(), b"with schemas 0ddba11"
+    library.write_bytes(library.read_bytes().replace(ours, other.ljust(len(ours), b"0")))
+    assert _import(tmp_path) == f"built for operators 0ddba110, but these are {_native.SCHEMAS}: build it again"
+
+
+def test_the_digest_is_that_of_the_schemas() -> None:
+    schemas = sorted(str(getattr(torch.ops.anyflow_kernels, name).default._schema) for name in _library._operators)
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:8]
+    assert digest == _native.SCHEMAS, "the schemas have changed: write the new digest into anyflow_kernels/_native.py"
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF library is cut")
+def test_an_extension_that_was_cut_short_is_not_loaded(tmp_path: Path) -> None:
+    """What remains has its stamp; loading it touches what is missing, which kills the process."""
+    library = _copy_of_the_package(tmp_path)
+    content = library.read_bytes()
+    library.write_bytes(content[: _native._STAMP.search(content).end()])
+    assert _import(tmp_path) == f"{library.name} is broken: it was cut short"
+
+
+def test_where_an_elf_library_ends() -> None:
+    """At the end of its last segment: sections, which stripped libraries lack, are not loaded."""
+    header = struct.pack("<16s2HI3QI6H", b"\x7fELF\x02\x01\x01", 3, 62, 1, 0, 64, 5000, 0, 64, 56, 3, 64, 9, 8)
+    segments = [(0, 176), (4096, 904), (300, 100)]  # from, bytes in the file
+    table = b"".join(
+        struct.pack("<2I6Q", 1, 4, start, start, start, size, size + 999, 4096) for start, size in segments
+    )
+    library = (header + table).ljust(5000, b"\0")
+    assert not _native._cut_short(library)
+    assert _native._cut_short(library[:4999])
+    assert not _native._cut_short(library[:4999].replace(b"\x7fELF\x02", b"\x7fELF\x01"))  # of 32 bits
+
+
 def test_a_library_that_cannot_be_loaded(tmp_path: Path) -> None:
     library = _copy_of_the_package(tmp_path)
     library.unlink(missing_ok=True)  # never write to a library that this process has mapped
     library.write_bytes(b"no library")
     assert _import(tmp_path) == f"{library.name} is broken: it does not say what it was built for"
-    stamp = f"anyflow_kernels built for torch {torch.__version__} on DEFAULT\0"
-    library.write_bytes(b"no library" + stamp.encode())
+    library.write_bytes(b"no library" + _stamp("DEFAULT"))
     assert _import(tmp_path).startswith("cannot be loaded (ImportError: ")
 
 
@@ -164,7 +209,7 @@ def test_the_environment_keeps_the_extension_out(tmp_path: Path) -> None:
 
 def test_an_extension_for_instructions_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = tmp_path / "_C.so"
-    library.write_bytes(f"..anyflow_kernels built for torch {torch.__version__} on AVX2\0..".encode())
+    library.write_bytes(b".." + _stamp("AVX2") + b"..")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert _native._unfit(library) is None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -239,7 +284,7 @@ def test_mode_1_builds(source: Path) -> None:
 
 
 BROKEN = {
-    "torch": ({"prelude": "sys.modules['torch'] = None"}, "torch is not installed here"),
+    "torch": ({"prelude": "sys.modules['torch'] = None"}, "the build saw no torch"),
     "compiler": ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
     "build": ({"CXX": shutil.which("false") or "false"}, "the C++ kernels were not built"),
 }
