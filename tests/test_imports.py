@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each package of the library and what of the library it may import; one way only.
 LAYERS = {
     "python/anyflow/time.py": set(),
+    "python/anyflow/streams.py": set(),
     "python/anyflow/families": {"families"},
     "python/anyflow/patching": {"families", "patching"},
     "python/anyflow/adapters": {"adapters", "families", "patching"},
@@ -34,6 +35,7 @@ LAYERS = {
         "objectives",
         "patching",
         "sampling",
+        "streams",
         "time",
     },
 }

@@ -23,6 +23,7 @@ from .patching.clone import is_quantised
 from .patching.patch import delta_paths
 from .patching.unwrap import unwrap
 from .sampling import AnyStepScheduler
+from .streams import RandomStreams
 from .time import at_least_float32, sample_r
 
 STATE_FILE = "anyflow_distiller.safetensors"
@@ -90,7 +91,7 @@ class AnyFlowDistiller:
                 "use 4 or more",
                 stacklevel=2,
             )
-        self._draws = 0
+        self.streams = RandomStreams(self.config.seed)
         self._gradients = GradientCheck()
 
     def _patch_student(self, bare: Any, given: Mapping[str, Any]) -> None:
@@ -205,7 +206,7 @@ class AnyFlowDistiller:
         self.student.bare._flowmap_schedule = None  # type: ignore[assignment]  # an interrupted sampler's
         sigma = layout.for_model(at_least_float32(batch["sigmas"]))
         if batch.get("r_sigmas") is None:
-            r = sample_r(sigma, self.config.r_timestep_sampler, self.config.min_interval_ratio, self._next_generator())
+            r = sample_r(sigma, self.config.r_timestep_sampler, self.config.min_interval_ratio, self.streams.own())
         else:
             r = layout.for_model(at_least_float32(batch["r_sigmas"]))
         _check_devices({"latents": latents, "noise": noise, "sigmas": sigma, "r_sigmas": r})
@@ -339,7 +340,7 @@ class AnyFlowDistiller:
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
         """Write the student and the position in the random stream to ``directory``. One rank is enough to call it."""
         save_student(self.student.bare, directory, lycoris=self.lycoris)
-        metadata = {"format": "anyflow_distiller", "step": str(step), "draws": str(self._draws)}
+        metadata = {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws)}
         write_tensors({Path(directory) / STATE_FILE: ({}, metadata)})
 
     def on_load_checkpoint(self, directory: str | Path) -> int:
@@ -352,18 +353,8 @@ class AnyFlowDistiller:
         scale: float = self.student.bare._flowmap.spec.time_scale  # type: ignore[union-attr, assignment]
         if scale != self.student.spec.time_scale:
             raise ValueError(f"the student was trained with timestep_scale={scale}, not {self.student.spec.time_scale}")
-        self._draws = int(metadata["draws"])
+        self.streams.draws = int(metadata["draws"])
         return int(metadata["step"])
-
-    def _next_generator(self) -> torch.Generator:
-        """The private stream of r. Each draw has its own generator, seeded by (seed, rank, draw): the count of draws,
-        which is equal on all ranks, is the whole state. On the CPU, so that a run does not depend on the device."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        # Odd 64-bit constants keep neighbouring seeds, ranks and draws apart.
-        mixed = self.config.seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + self._draws * 0x94D049BB133111EB
-        self._draws += 1
-        return torch.Generator().manual_seed(mixed % 2**63)
 
 
 def _refuse_other_than_flow(trainer: Any, noise_scheduler: Any) -> None:
