@@ -39,6 +39,8 @@ class AnyFlowDistiller:
         are not flow-matching.
     ``config``: an ``AnyFlowConfig`` or a dict of its keys.
     ``lycoris``: the LyCORIS network applied to the student, if there is one; by default what a trainer's object has.
+    ``mesh``: the torch ``DeviceMesh`` of a run in which ranks share samples (context or tensor parallel); or
+        ``dp_rank`` and ``dp_size``, this rank's number among those whose samples differ. By default all differ.
 
     A student that is not patched yet is patched; on one that is, the configuration's gate and type are set where given.
     Its delta embedders are made trainable: take the optimizer's parameters from ``trainable_parameters()``.
@@ -59,6 +61,9 @@ class AnyFlowDistiller:
         noise_scheduler: Any = None,
         config: AnyFlowConfig | Mapping[str, Any] | None = None,
         lycoris: nn.Module | None = None,
+        dp_rank: int | None = None,
+        dp_size: int | None = None,
+        mesh: Any = None,
     ) -> None:
         if isinstance(config, AnyFlowConfig):
             defaults = AnyFlowConfig().to_dict()
@@ -89,7 +94,7 @@ class AnyFlowDistiller:
                 "use 4 or more",
                 stacklevel=2,
             )
-        self.streams = RandomStreams(self.config.seed)
+        self.streams = RandomStreams(self.config.seed, dp_rank=dp_rank, dp_size=dp_size, mesh=mesh)
         self._roles = Roles(
             self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler
         )
@@ -121,7 +126,7 @@ class AnyFlowDistiller:
         """Whatever would train wrongly without a word is refused here."""
         bare = self.student.bare
         adapted = self.lycoris is not None or has_adapter(bare)
-        if bare is self.teacher.bare and not adapted and self.config.target_mode == "online_teacher":
+        if bare is self.teacher.bare and not adapted and _needs_teacher(self.config):
             raise ValueError(
                 f"this {type(bare).__name__} has no adapter to switch off, so it cannot be its own teacher: add a LoRA "
                 "before making the distiller, or pass a separate student_model"
@@ -271,9 +276,7 @@ class AnyFlowDistiller:
         From ``set_timesteps`` to the last step the student takes r from it; ``r_timestep_for(timestep)`` is the next
         endpoint. ``scheduler``: whose shift to use; by default ``noise_scheduler``. ValueError when neither is given.
         """
-        source = scheduler if scheduler is not None else self.noise_scheduler
-        if source is None:
-            source = getattr(getattr(self.trainer, "pipeline", None), "scheduler", None)
+        source = scheduler if scheduler is not None else self._roles.scheduler()
         if source is None:
             raise ValueError("get_scheduler needs a scheduler, or a distiller made with noise_scheduler=")
         return AnyStepScheduler.like(source, [self.student.bare])
@@ -298,6 +301,12 @@ class AnyFlowDistiller:
         self.streams.draws = int(metadata["draws"])
         self._stage.load_state(tensors, metadata)
         return int(metadata["step"])
+
+
+def _needs_teacher(config: AnyFlowConfig) -> bool:
+    if config.target_mode == "meanflow":
+        return config.diffusion_target == "base_prediction"
+    return config.target_mode == "online_teacher"
 
 
 def _refuse_other_than_flow(trainer: Any, noise_scheduler: Any) -> None:
