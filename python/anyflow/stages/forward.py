@@ -179,7 +179,7 @@ class ForwardStage:
         if roles.config.meanflow_adaptive_weighting:
             loss = loss * adaptive_balance(loss, diffusion, total, count)
         logs = {"anyflow_diffusion_loss": total / count.clamp_min(1), "anyflow_diffusion_share": count / samples}
-        if roles.config.derivative == "central_difference":
+        if roles.config.derivative == "central_difference" and roles.config.difference_precision == "model":
             difference, noise = difference_and_noise(prediction.detach(), terms)
             logs |= {"anyflow_difference": difference, "anyflow_difference_noise": noise}
         return roles.config.loss_weight * loss.sum() * (world_size() / samples), logs
