@@ -83,7 +83,7 @@ def extension(torch: Any) -> Extension:
         options = ["/O2", "/openmp"] + ([f"/arch:{instructions}"] if instructions in OPTIONS else [])
         return CppExtension(NAME, SOURCES, define_macros=defines, extra_compile_args=options, depends=HEADERS)
     # GCC 12 takes the operand that AVX-512's intrinsics leave undefined for one that was forgotten.
-    warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+    warnings = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     options = ["-O3", *warnings, "-fvisibility=hidden", *OPTIONS.get(instructions, ())]
     linked = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
     if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
