@@ -124,10 +124,13 @@ class TestDraws:
     def test_the_stream_is_private_and_its_place_is_the_state(self) -> None:
         first, second = (toy_stage(torch.float32) for _ in range(2))
         torch.manual_seed(1)
-        drawn = [torch.stack(self.drawn(*first)) for _ in range(3)]
+        drawn = [torch.stack(self.drawn(*first))]
+        state, draws = first[0].state(), first[0].roles.streams.draws
+        drawn += [torch.stack(self.drawn(*first))]
         torch.manual_seed(2)
         torch.rand(5)
-        second[0].roles.streams.draws = 1
+        second[0].load_state(*state)
+        second[0].roles.streams.draws = draws
         assert torch.equal(torch.stack(self.drawn(*second)), drawn[1])
         assert not torch.equal(drawn[0], drawn[1])
 

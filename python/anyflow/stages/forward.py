@@ -59,6 +59,7 @@ class ForwardStage:
     def __init__(self, roles: Roles) -> None:
         self.roles = roles
         self.shift = roles.schedule_shift()
+        self._batches = 0  # drawn so far
         if roles.config.derivative == "jvp":
             _check_jvp(roles)
 
@@ -66,10 +67,11 @@ class ForwardStage:
         config, streams, latents = self.roles.config, self.roles.streams, batch["latents"]
         count = 1 if layout.spec.times == "packed" else latents.shape[0]
         sizes = sizes_of_ranks(count, streams.dp_rank, streams.dp_size, latents.device)
-        phase = phase_of_draw(streams.draws)
+        phase = phase_of_draw(self._batches)
         pairs = sample_intervals(
             sum(sizes), config.diffusion_ratio, config.consistency_ratio, self.shift, phase, streams.shared()
         )
+        self._batches += 1
         given = batch.get("sigmas")
         given = None if given is None else layout.for_model(at_least_float32(given))
         if given is not None and batch.get("r_sigmas") is not None:
@@ -185,10 +187,10 @@ class ForwardStage:
         return roles.config.loss_weight * loss.sum() * (world_size() / samples), logs
 
     def state(self) -> State:
-        return {}, {}
+        return {}, {"forward_batches": str(self._batches)}
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        pass
+        self._batches = int(metadata["forward_batches"])
 
 
 def difference_and_noise(prediction: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
