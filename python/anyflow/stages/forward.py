@@ -72,19 +72,20 @@ class ForwardStage:
             sum(sizes), config.diffusion_ratio, config.consistency_ratio, self.shift, phase, streams.shared()
         )
         self._batches += 1
-        given = batch.get("sigmas")
+        given, own_r = batch.get("sigmas"), batch.get("r_sigmas")
         given = None if given is None else layout.for_model(at_least_float32(given))
-        if given is not None and batch.get("r_sigmas") is not None:
-            sigma, r = given, layout.for_model(at_least_float32(batch["r_sigmas"]))
+        if given is not None and own_r is not None:
+            sigma, r = given, layout.for_model(at_least_float32(own_r))
         else:
             start, dtype = sum(sizes[: streams.dp_rank]), torch.promote_types(latents.dtype, torch.float32)
             rows = slice(start, start + count)
             sigma, r = (layout.for_model(side[rows].to(latents.device, dtype)) for side in pairs)
-            if given is not None and given.ndim > 1:  # frames or tokens: what is clean in the batch stays clean
-                check_times(given, torch.zeros_like(given))
-                sigma, r = (_beside_clean(side, given) for side in (sigma, r))
         check_devices({"latents": latents, "noise": batch["noise"], "sigmas": sigma, "r_sigmas": r})
-        check_times(sigma, r, instantaneous=True)
+        if sigma is given:
+            check_times(sigma, r, instantaneous=True)
+        elif given is not None and given.ndim > 1:  # frames or tokens: what is clean in the batch stays clean
+            check_times(given, torch.zeros_like(given), instantaneous=True)
+            sigma, r = (_beside_clean(side, given) for side in (sigma, r))
         return sigma, r
 
     def prepare(
