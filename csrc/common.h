@@ -132,6 +132,26 @@ Lanes<Acc> silu_derivative(const Lanes<Acc>& x) {
   return s * fma(x, one - s, one);
 }
 
+template <class Acc>
+Lanes<Acc> abs(const Lanes<Acc>& x) {
+  return {x.low.abs(), x.high.abs()};
+}
+
+template <class Acc>
+bool all_zero(const Lanes<Acc>& x) {
+  using Vector = typename Lanes<Acc>::Vector;
+  constexpr unsigned all = (1u << Vector::size()) - 1;
+  return unsigned(x.low.zero_mask()) == all && unsigned(x.high.zero_mask()) == all;
+}
+
+// x, but zero where `by` is, whatever x is there.
+template <class Acc>
+Lanes<Acc> zero_where_zero(const Lanes<Acc>& by, const Lanes<Acc>& x) {
+  using Vector = typename Lanes<Acc>::Vector;
+  const Vector zero(Acc(0));
+  return {Vector::blendv(x.low, zero, by.low == zero), Vector::blendv(x.high, zero, by.high == zero)};
+}
+
 // In a fixed order, by halves.
 template <class Acc>
 Acc sum(const Lanes<Acc>& x) {
