@@ -40,6 +40,20 @@ def teacher_mode(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def frozen(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
+    """Run ``modules`` as they are, adapters on, but in evaluation mode, without gradient and without a sampler's r: the
+    same input gives the same output, also where dropout would act in training. The entry state comes back."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_evaluation_mode(module))
+            stack.enter_context(_unscheduled(module))
+        if isinstance(lycoris, nn.Module):
+            stack.enter_context(_evaluation_mode(lycoris))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
 def has_adapter(module: nn.Module) -> bool:
     """Whether an adapter of peft or LyCORIS sits on a layer of ``module``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
