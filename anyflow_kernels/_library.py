@@ -9,6 +9,7 @@ are left. ``use_backend`` lays another kernel over them for the length of a ``wi
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import threading
@@ -253,3 +254,56 @@ def floating(name: str, **tensors: Tensor | None) -> None:
     for tensor_name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name}: {tensor_name} must be floating point, got {tensor.dtype}")
+
+
+def constant(name: str, **tensors: Tensor | None) -> None:
+    """ValueError that names the tensor when a gradient is asked of one that gets none."""
+    if not torch.is_grad_enabled():
+        return
+    for tensor_name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: not differentiable in {tensor_name}, which requires a gradient; detach it")
+
+
+def same_shape(name: str, **tensors: Tensor | None) -> None:
+    """ValueError that names both when a tensor has another shape than the first."""
+    shapes = {n: tuple(t.shape) for n, t in tensors.items() if t is not None}
+    (first_name, first), *others = shapes.items()
+    for other_name, other in others:
+        if other != first:
+            raise ValueError(f"{name}: {other_name} has shape {other}, {first_name} has {first}")
+
+
+def guidance(name: str, scale: float, uncond_name: str, uncond: Tensor | None) -> None:
+    """ValueError for a scale whose unconditional prediction is missing."""
+    if uncond is None and scale != 1.0:
+        raise ValueError(f"{name}: guidance_scale {scale} needs {uncond_name}")
+
+
+def rows(name: str, like: Tensor, **times: Tensor) -> list[Tensor]:
+    """The times in shapes of the rank of ``like``, which broadcast to it: a vector of one value for each sample gets
+    trailing ones. Where they differ, all take the shape that they broadcast to."""
+    shaped = [_in_rows(name, like, time_name, time) for time_name, time in times.items()]
+    if any(time.shape != shaped[0].shape for time in shaped):
+        shaped = list(torch.broadcast_tensors(*shaped))
+    return shaped
+
+
+def _in_rows(name: str, like: Tensor, time_name: str, time: Tensor) -> Tensor:
+    if time.numel() == 1:
+        shape = (1,) * like.ndim
+    elif time.ndim == 1 and like.ndim > 0 and time.shape[0] == like.shape[0]:
+        shape = (time.shape[0],) + (1,) * (like.ndim - 1)
+    elif time.ndim == like.ndim and all(s in (1, n) for s, n in zip(time.shape, like.shape, strict=True)):
+        return time
+    else:
+        raise ValueError(
+            f"{name}: {time_name} of shape {tuple(time.shape)} does not broadcast to {tuple(like.shape)}; "
+            f"pass one element, [{like.shape[0] if like.ndim else 1}], or {like.ndim} dimensions"
+        )
+    return time if time.shape == shape else time.reshape(shape)
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """[B, elements of a sample]"""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))

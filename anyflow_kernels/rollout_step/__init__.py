@@ -59,29 +59,23 @@ def rollout_step(
     Raises ValueError for unequal or non-broadcastable shapes, mixed devices, a sign other than +1 or -1, or times that
     require gradients; NotImplementedError under forward-mode differentiation.
     """
-    for name, other in (("average", average), ("velocity", velocity), ("uncond_velocity", uncond_velocity)):
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f"rollout_step: {name} has shape {tuple(other.shape)}, x has {tuple(x.shape)}")
+    _library.same_shape("rollout_step", x=x, average=average, velocity=velocity, uncond_velocity=uncond_velocity)
     if sign not in (1, -1):
         raise ValueError(f"rollout_step: sign must be 1 or -1, got {sign!r}")
     tensors = {"x": x, "average": average, "velocity": velocity, "uncond_velocity": uncond_velocity}
     times = {"sigma": sigma, "sigma_next": sigma_next, "weight": weight}
     _library.floating("rollout_step", **tensors, **times)
     _library.same_device("rollout_step", **tensors, **times)
-    for name, value in times.items():
-        if value.shape != sigma.shape:
-            raise ValueError(f"rollout_step: {name} has shape {tuple(value.shape)}, sigma has {tuple(sigma.shape)}")
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"rollout_step: not differentiable in {name}, which requires a gradient; detach it")
+    _library.same_shape("rollout_step", **times)
+    _library.constant("rollout_step", **times)
     _library.refuse_forward_ad("rollout_step", *tensors.values(), *times.values())
-    rows = _rows_shape(sigma, x)
     model_dtype = velocity.dtype if model_dtype is None else model_dtype
     new_x, new_average, model_input, model_time = torch.ops.anyflow_kernels.rollout_step.default(
         x,
         average,
         velocity,
         uncond_velocity,
-        *(value if value.shape == rows else value.reshape(rows) for value in times.values()),
+        *_library.rows("rollout_step", x, **times),
         float(guidance_scale),
         sign,
         float(time_scale),
@@ -96,21 +90,6 @@ def rollout_step(
     if model_time.requires_grad:
         model_time = model_time.detach()
     return RolloutState(new_x, new_average, model_input, model_time.view(sigma.shape))
-
-
-def _rows_shape(sigma: Tensor, x: Tensor) -> tuple[int, ...]:
-    """The shape that lets sigma broadcast against x: a per-sample vector gets trailing ones."""
-    if sigma.numel() == 1:
-        return (1,) * x.ndim
-    if sigma.ndim == 1 and x.ndim > 0 and sigma.shape[0] == x.shape[0]:
-        return (sigma.shape[0],) + (1,) * (x.ndim - 1)
-    fits = sigma.ndim == x.ndim and all(s in (1, n) for s, n in zip(sigma.shape, x.shape, strict=True))
-    if not fits:
-        raise ValueError(
-            f"rollout_step: sigma of shape {tuple(sigma.shape)} does not broadcast to x of shape {tuple(x.shape)}; "
-            f"pass one element, [{x.shape[0] if x.ndim else 1}], or {x.ndim} dimensions"
-        )
-    return tuple(sigma.shape)
 
 
 def _fake(
