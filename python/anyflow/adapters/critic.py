@@ -14,7 +14,7 @@ from ..patching import is_patched
 from ..patching.names import CRITIC, of_critic
 from ..patching.patch import delta_paths
 from ..patching.unwrap import unwrap
-from .teacher import changes_base, holds, switchable
+from .teacher import adapter_names, changes_base, switchable
 
 _INIT = ("init_lora_weights", "init_weights", "init_ia3_weights")
 # What wrappers put before the names of parameters, in which DDP looks for those that it shall leave alone.
@@ -107,7 +107,7 @@ def _inject(bare: nn.Module, config: Any, seed: int) -> None:
             layer._active_adapter, layer._disable_adapters = layers[id(layer)]
         else:
             layer._active_adapter = []
-        if holds(layer, CRITIC):  # dropout of a model in evaluation is off
+        if CRITIC in adapter_names(layer):  # dropout of a model in evaluation is off
             layer.train(_base_of(layer).training)
     bare.peft_config.pop(CRITIC)  # type: ignore[union-attr, operator]
     if not listed:

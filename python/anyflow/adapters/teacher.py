@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..patching.names import of_critic
+from ..patching.names import CRITIC, of_critic
 from .lycoris import lycoris_layers, lycoris_off
 
 # Initialisations of peft's LoRA that take the adapter's first value out of the base weights.
@@ -58,10 +58,11 @@ def scoring(*modules: nn.Module) -> Iterator[None]:
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Whether an adapter of peft or LyCORIS sits on a layer of ``module``."""
+    """Whether an adapter of peft, other than the critic's, or of LyCORIS sits on a layer of ``module``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    tuned = any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+    layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    tuned = any(adapter_names(layer) - {CRITIC} for layer in layers)
     return tuned or next(lycoris_layers(module), None) is not None
 
 
@@ -103,7 +104,7 @@ def _only_adapter(module: nn.Module, adapter: str | None) -> Iterator[None]:
     entry = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = adapter is None or not holds(layer, adapter)
+            layer._disable_adapters = adapter not in adapter_names(layer)
             if not layer._disable_adapters:
                 layer._active_adapter = [adapter]
         yield
@@ -112,9 +113,9 @@ def _only_adapter(module: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def holds(layer: Any, adapter: str) -> bool:
-    """Whether a layer of peft has weights of ``adapter``."""
-    return any(adapter in getattr(layer, part, ()) for part in layer.adapter_layer_names)
+def adapter_names(layer: Any) -> set[str]:
+    """The adapters that have weights in a layer of peft."""
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part, ())}
 
 
 @contextmanager
