@@ -8,23 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .adapters import GradientCheck, check_base, has_adapter, lycoris_layers, random_parameters, teacher_mode
+from .adapters import GradientCheck, check_base, has_adapter, lycoris_layers, random_parameters
 from .checkpoints import load_student, read, save_student, student_state, write_tensors
 from .config import AnyFlowConfig
 from .denoiser import Denoiser, DiffusersDenoiser, TrainerDenoiser, spec_of
 from .families import FamilySpec
 from .layout import TimeLayout, prediction_of, velocity_part
-from .objectives import average_velocity, linear_velocity
 from .patching import delta_parameters, is_patched, patch, trainable_parameters
 from .patching.clone import is_quantised
 from .patching.patch import delta_paths
 from .patching.unwrap import unwrap
 from .sampling import AnyStepScheduler
+from .stages import Roles, make_stage, model_dtype
 from .streams import RandomStreams
-from .time import at_least_float32, sample_r
 
 STATE_FILE = "anyflow_distiller.safetensors"
 NOT_FLOW = ("epsilon", "v_prediction", "sample")
@@ -92,6 +90,10 @@ class AnyFlowDistiller:
                 stacklevel=2,
             )
         self.streams = RandomStreams(self.config.seed)
+        self._roles = Roles(
+            self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler
+        )
+        self._stage = make_stage(self._roles)
         self._gradients = GradientCheck()
 
     def _patch_student(self, bare: Any, given: Mapping[str, Any]) -> None:
@@ -194,9 +196,8 @@ class AnyFlowDistiller:
         r >= t, wrong shapes, tensors on several devices.
         """
         self._gradients.report()
-        missing = [key for key in ("latents", "noise", "sigmas") if key not in batch]
-        if self.trainer is None and "conditioning" not in batch:
-            missing.append("conditioning")
+        needs = self._stage.needs if self.trainer is not None else (*self._stage.needs, "conditioning")
+        missing = [key for key in needs if key not in batch]
         if missing:
             raise ValueError(f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}")
         latents, noise = batch["latents"], batch["noise"]
@@ -204,26 +205,14 @@ class AnyFlowDistiller:
             raise ValueError(f"noise has shape {list(noise.shape)}, latents {list(latents.shape)}")
         layout = TimeLayout(self.student.spec, self.student.bare, latents)
         self.student.bare._flowmap_schedule = None  # type: ignore[assignment]  # an interrupted sampler's
-        sigma = layout.for_model(at_least_float32(batch["sigmas"]))
-        if batch.get("r_sigmas") is None:
-            r = sample_r(sigma, self.config.r_timestep_sampler, self.config.min_interval_ratio, self.streams.own())
-        else:
-            r = layout.for_model(at_least_float32(batch["r_sigmas"]))
-        _check_devices({"latents": latents, "noise": noise, "sigmas": sigma, "r_sigmas": r})
-        _check_times(sigma, r)
-
-        prepared = dict(batch)
-        if prepared.get("noisy_latents") is None:
-            s = layout.for_latents(sigma)
-            prepared["noisy_latents"] = ((1 - s) * latents + s * noise).to(latents.dtype)
-        target = self._target(prepared, layout, sigma, r, model)
+        sigma, r = self._stage.times(batch, layout)
+        prepared = {**batch, **self._stage.prepare(batch, layout, sigma, r, model)}
         time = self.student.spec.model_time
         r_time = time(r)
         self.student.bare._flowmap_saw_r = False  # type: ignore[assignment]
         prepared.update(
             timesteps=time(sigma),
-            target=target,
-            flow_target=target,
+            flow_target=prepared["target"],
             flowmap_r_timesteps=r_time,
             anyflow_r_timesteps=r_time,
             anyflow_timestep_interval=sigma - r,
@@ -231,57 +220,6 @@ class AnyFlowDistiller:
             anyflow_r_sigmas=r,
         )
         return prepared
-
-    def _target(
-        self, batch: dict[str, Any], layout: TimeLayout, sigma: Tensor, r: Tensor, model: nn.Module | None
-    ) -> Tensor:
-        if self.config.target_mode == "linear":
-            given = getattr(self.trainer, "get_flow_matching_target", None)
-            if given is not None:
-                return at_least_float32(given(batch))
-            return self._to_prediction(linear_velocity(batch["latents"], batch["noise"]))
-        guidance = self.config.teacher_guidance_scale
-        if guidance != 1.0 and batch.get("negative_conditioning") is None:
-            raise ValueError(f"teacher_guidance_scale={guidance} needs negative_conditioning in the batch")
-        teacher = self._called_as(model) if self.student is self.teacher else self.teacher
-        to_flow = getattr(self.trainer, "prediction_to_noiseward_flow", None)
-
-        def velocity(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
-            predictions = [teacher(batch, x, s, None)]
-            if guidance != 1.0:
-                predictions.append(teacher(batch, x, s, None, negative=True))
-            if to_flow is not None:
-                predictions = [to_flow(prediction) for prediction in predictions]
-            return predictions[0], predictions[1] if len(predictions) > 1 else None
-
-        with teacher_mode(*{self.teacher.bare, self.student.bare}, lycoris=self.lycoris):
-            average = average_velocity(
-                velocity,
-                batch["noisy_latents"],
-                sigma,
-                r,
-                self.config.teacher_rollout_steps,
-                guidance_scale=guidance,
-                sign=1 if to_flow is not None else teacher.spec.prediction_sign,
-                model_dtype=_model_dtype(self.teacher.bare),
-                to_latents=layout.for_latents,
-            )
-        return self._to_prediction(average)
-
-    def _called_as(self, model: nn.Module | None) -> Denoiser:
-        """The student, through the trainer's wrapper ``model`` of it."""
-        if model is None or self.trainer is not None:
-            return self.student
-        if unwrap(model) is not self.student.bare:
-            raise ValueError(f"model is another {type(unwrap(model)).__name__} than the one that is distilled")
-        return DiffusersDenoiser(model, self.student.spec)
-
-    def _to_prediction(self, flow: Tensor) -> Tensor:
-        """From noiseward to what the student predicts."""
-        convert = getattr(self.trainer, "noiseward_flow_to_prediction", None)
-        if convert is not None:
-            return convert(flow)
-        return flow if self.student.spec.prediction_sign == 1 else -flow
 
     def compute_distill_loss(
         self, prepared_batch: Mapping[str, Any], model_output: Any, original_loss: Tensor | None = None
@@ -304,7 +242,7 @@ class AnyFlowDistiller:
         prediction = velocity_part(self.student.spec, prediction_of(model_output, self.student.spec), target)
         if prediction.shape != target.shape:
             raise ValueError(f"the prediction has shape {list(prediction.shape)}, the target {list(target.shape)}")
-        loss = self.config.loss_weight * (at_least_float32(prediction) - target).square().mean()
+        loss, own_logs = self._stage.loss(prepared_batch, prediction)
         self._gradients.watch(loss, self._always_reached)
         sigma, r = prepared_batch["anyflow_sigmas"], prepared_batch["anyflow_r_sigmas"]
         logs = {
@@ -312,6 +250,7 @@ class AnyFlowDistiller:
             "anyflow_timestep": sigma.mean(),
             "anyflow_r_timestep": r.mean(),
             "anyflow_interval": (sigma - r).mean(),
+            **own_logs,
         }
         return loss, logs
 
@@ -320,8 +259,10 @@ class AnyFlowDistiller:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Target, student forward and loss; call ``backward`` on the loss. ``model``: as in ``prepare_batch``."""
         prepared = self.prepare_batch(batch, model)
-        x = prepared["noisy_latents"].to(_model_dtype(self.student.bare))
-        output = self._called_as(model)(prepared, x, prepared["anyflow_sigmas"], prepared["anyflow_r_sigmas"])
+        x = prepared["noisy_latents"].to(model_dtype(self.student.bare))
+        output = self._roles.student_through(model)(
+            prepared, x, prepared["anyflow_sigmas"], prepared["anyflow_r_sigmas"]
+        )
         return self.compute_distill_loss(prepared, output)
 
     def get_scheduler(self, scheduler: Any = None) -> AnyStepScheduler:
@@ -340,13 +281,14 @@ class AnyFlowDistiller:
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
         """Write the student and the position in the random stream to ``directory``. One rank is enough to call it."""
         save_student(self.student.bare, directory, lycoris=self.lycoris)
-        metadata = {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws)}
-        write_tensors({Path(directory) / STATE_FILE: ({}, metadata)})
+        tensors, metadata = self._stage.state()
+        metadata |= {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws)}
+        write_tensors({Path(directory) / STATE_FILE: (tensors, metadata)})
 
     def on_load_checkpoint(self, directory: str | Path) -> int:
         """Restore what ``on_save_checkpoint`` wrote, on every rank; returns its step."""
         path = Path(directory) / STATE_FILE
-        _, metadata = read(path)
+        tensors, metadata = read(path)
         if metadata.get("format") != "anyflow_distiller":
             raise ValueError(f"{path} is not the state of a distiller: {metadata}")
         load_student(self.student.bare, directory, lycoris=self.lycoris)
@@ -354,6 +296,7 @@ class AnyFlowDistiller:
         if scale != self.student.spec.time_scale:
             raise ValueError(f"the student was trained with timestep_scale={scale}, not {self.student.spec.time_scale}")
         self.streams.draws = int(metadata["draws"])
+        self._stage.load_state(tensors, metadata)
         return int(metadata["step"])
 
 
@@ -396,45 +339,3 @@ def _check_delta(bare: nn.Module) -> None:
                 f"{path}.{quantised[0]} is quantised and cannot be trained: leave the delta embedder out of "
                 "quantisation, or put a LoRA on it"
             )
-
-
-def _model_dtype(bare: Any) -> torch.dtype:
-    """The dtype in which the model takes latents."""
-    dtype = getattr(bare, "dtype", torch.float32)
-    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
-
-
-def _check_devices(tensors: Mapping[str, Tensor]) -> None:
-    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"the batch is on several devices: {devices}")
-
-
-def _check_times(sigma: Tensor, r: Tensor) -> None:
-    """One read of the device for all that can be wrong. Clean tokens (t = r = 0) are allowed beside noisy ones."""
-    tokens = sigma.ndim > 1
-    zero = (sigma == 0).flatten(1).all(1) if tokens else sigma == 0
-    not_below = (r >= sigma) & ~((sigma == 0) & (r == 0)) if tokens else r >= sigma
-    found = torch.stack(
-        [
-            (~torch.isfinite(sigma)).any(),
-            ((sigma < 0) | (sigma > 1)).any(),
-            zero.any(),
-            (~(r >= 0)).any(),
-            not_below.any(),
-        ]
-    ).tolist()
-    if not any(found):
-        return
-    not_finite, outside, at_zero, bad_r, order = found
-    values = f"sigmas {sigma.flatten().tolist()[:8]}, r {r.flatten().tolist()[:8]}"
-    if not_finite:
-        raise ValueError(f"sigmas must be finite, got {values}")
-    if outside:
-        raise ValueError(f"sigmas must be in [0, 1], got {values}")
-    if at_zero:
-        raise ValueError(f"time 0 has no interval below it, got {values}")
-    if bad_r:
-        raise ValueError(f"r must be in [0, t), got {values}")
-    if order:
-        raise ValueError(f"r must be below t, got {values}")

@@ -1,0 +1,64 @@
+"""The networks that take part in a distillation, and how each is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AnyFlowConfig
+from ..denoiser import Denoiser, DiffusersDenoiser
+from ..patching.unwrap import unwrap
+from ..streams import RandomStreams
+
+
+@dataclass
+class Roles:
+    """``teacher`` and ``student`` are one denoiser where the teacher is the student with its adapter off.
+
+    ``trainer``: the trainer's object with ``model_predict``, or None. ``lycoris``: the student's LyCORIS network, or
+    None. ``noise_scheduler``: the scheduler of the pipeline, or None.
+    """
+
+    config: AnyFlowConfig
+    streams: RandomStreams
+    teacher: Denoiser
+    student: Denoiser
+    trainer: Any = None
+    lycoris: nn.Module | None = None
+    noise_scheduler: Any = None
+
+    def student_through(self, model: nn.Module | None) -> Denoiser:
+        """The student, through the trainer's wrapper ``model`` of it."""
+        if model is None or self.trainer is not None:
+            return self.student
+        if unwrap(model) is not self.student.bare:
+            raise ValueError(f"model is another {type(unwrap(model)).__name__} than the one that is distilled")
+        return DiffusersDenoiser(model, self.student.spec)
+
+    def teacher_through(self, model: nn.Module | None) -> Denoiser:
+        return self.student_through(model) if self.student is self.teacher else self.teacher
+
+    def to_flow(self, prediction: Tensor) -> Tensor:
+        """The velocity in a prediction: noiseward times ``flow_sign``."""
+        convert = getattr(self.trainer, "prediction_to_noiseward_flow", None)
+        return prediction if convert is None else convert(prediction)
+
+    def flow_sign(self, denoiser: Denoiser) -> int:
+        """+1 where what ``to_flow`` gives is noiseward, -1 where it points to the data."""
+        return 1 if hasattr(self.trainer, "prediction_to_noiseward_flow") else denoiser.spec.prediction_sign
+
+    def to_prediction(self, flow: Tensor) -> Tensor:
+        """From noiseward to what the student predicts."""
+        convert = getattr(self.trainer, "noiseward_flow_to_prediction", None)
+        if convert is not None:
+            return convert(flow)
+        return flow if self.student.spec.prediction_sign == 1 else -flow
+
+
+def model_dtype(bare: Any) -> torch.dtype:
+    """The dtype in which the model takes latents."""
+    dtype = getattr(bare, "dtype", torch.float32)
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32

@@ -1,0 +1,50 @@
+"""What differs between the target modes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..layout import TimeLayout
+
+State = tuple[dict[str, Tensor], dict[str, str]]  # tensors and strings, as safetensors holds them
+
+
+class Stage(Protocol):
+    """One stage of training: which times a batch has, what the student is asked for there, and the loss."""
+
+    needs: tuple[str, ...]  # keys that a batch must have
+
+    def times(self, batch: Mapping[str, Any], layout: TimeLayout) -> tuple[Tensor, Tensor]:
+        """sigma_t and sigma_r, each laid out for the model and checked; the draws, where they are drawn."""
+        ...
+
+    def prepare(
+        self, batch: Mapping[str, Any], layout: TimeLayout, sigma: Tensor, r: Tensor, model: nn.Module | None
+    ) -> dict[str, Any]:
+        """What is added to the batch, or replaced in it: at least ``noisy_latents`` and ``target``.
+
+        ``target`` is float32 and in the student's own sign. ``model``: the trainer's wrapper of the network, or None.
+        """
+        ...
+
+    def loss(self, prepared: Mapping[str, Any], prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a 0-d float32 tensor, and what the stage logs of its own: detached 0-d tensors.
+
+        ``prediction`` has the shape of ``prepared["target"]``.
+        """
+        ...
+
+    def state(self) -> State:
+        """What a checkpoint has to hold beyond the student and the count of draws."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None: ...
+
+
+def check_devices(tensors: Mapping[str, Tensor]) -> None:
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"the batch is on several devices: {devices}")
