@@ -22,9 +22,11 @@ LAYERS = {
     "python/anyflow/objectives": {"objectives", "time"},
     "python/anyflow/layout.py": {"families"},
     "python/anyflow/denoiser.py": {"families", "layout", "patching"},
+    "python/anyflow/critic.py": {"adapters", "config", "patching"},
     "python/anyflow/stages": {
         "adapters",
         "config",
+        "critic",
         "denoiser",
         "families",
         "layout",

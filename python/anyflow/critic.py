@@ -44,12 +44,11 @@ class Critic:
         self._base = base
         if separate is None:
             add_critic(base, seed=config.seed)
-            _check_inactive(base)
         narrow = sorted(name for name, p in self.named_parameters() if p.element_size() < 4)
         if narrow:
             warnings.warn(
-                f"{narrow[0]} and {len(narrow) - 1} more weights of the critic are in {dict(self.named_parameters())[narrow[0]].dtype}: "
-                f"steps of {config.critic_learning_rate} round to nothing there. Keep them in float32, with autocast.",
+                f"{narrow[0]} and {len(narrow) - 1} more weights of the critic have two bytes: steps of "
+                f"{config.critic_learning_rate} round to nothing there. Keep them in float32, with autocast.",
                 stacklevel=4,
             )
         self._optimizer: torch.optim.AdamW | None = None
@@ -194,12 +193,6 @@ def _clip(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
         local = gradient.to_local() if _is_sharded(gradient) else gradient  # type: ignore[attr-defined]
         local.copy_(torch.where(usable, local * scale, 0))
     return norm
-
-
-def _check_inactive(base: nn.Module) -> None:
-    active = [path for path, layer in base.named_modules() if CRITIC in getattr(layer, "active_adapters", ())]
-    if active:
-        raise ValueError(f"the critic's adapter is active on {active[0]}, where the student's belongs: set_adapter")
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -39,6 +39,9 @@ class AnyFlowDistiller:
         are not flow-matching.
     ``config``: an ``AnyFlowConfig`` or a dict of its keys.
     ``lycoris``: the LyCORIS network applied to the student, if there is one; by default what a trainer's object has.
+    ``critic_model``: for ``target_mode="onpolicy"``, a whole network that is trained as the fake score; by default an
+        adapter on the teacher's (``anyflow.add_critic``). The teacher's network starts it: a copy, with trained weights
+        of its own.
 
     A student that is not patched yet is patched; on one that is, the configuration's gate and type are set where given.
     Its delta embedders are made trainable: take the optimizer's parameters from ``trainable_parameters()``.
@@ -59,6 +62,7 @@ class AnyFlowDistiller:
         noise_scheduler: Any = None,
         config: AnyFlowConfig | Mapping[str, Any] | None = None,
         lycoris: nn.Module | None = None,
+        critic_model: nn.Module | None = None,
     ) -> None:
         if isinstance(config, AnyFlowConfig):
             defaults = AnyFlowConfig().to_dict()
@@ -90,8 +94,11 @@ class AnyFlowDistiller:
                 stacklevel=2,
             )
         self.streams = RandomStreams(self.config.seed)
+        critic = None if critic_model is None else DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
+        if critic is not None and critic.bare in (self.teacher.bare, self.student.bare):
+            raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
         self._roles = Roles(
-            self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler
+            self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler, critic
         )
         self._stage = make_stage(self._roles)
         self._gradients = GradientCheck()
@@ -121,7 +128,7 @@ class AnyFlowDistiller:
         """Whatever would train wrongly without a word is refused here."""
         bare = self.student.bare
         adapted = self.lycoris is not None or has_adapter(bare)
-        if bare is self.teacher.bare and not adapted and self.config.target_mode == "online_teacher":
+        if bare is self.teacher.bare and not adapted and self.config.target_mode != "linear":
             raise ValueError(
                 f"this {type(bare).__name__} has no adapter to switch off, so it cannot be its own teacher: add a LoRA "
                 "before making the distiller, or pass a separate student_model"

@@ -34,10 +34,12 @@ def add_critic(model: nn.Module, config: Any = None, *, seed: int = 0) -> list[t
     ``seed``: of its first value, equal on all ranks and independent of the global generators.
     A critic that is there already is returned as it is. Add it before FSDP shards the model.
 
-    Raises ValueError when there is no adapter to copy the configuration from, or for an initialisation that changes the
-    base weights.
+    Raises ValueError when there is no adapter to copy the configuration from, for an initialisation that changes the
+    base weights, and where the critic has been made active.
     """
     bare = unwrap(model)
+    if any(CRITIC in layer.active_adapters for layer in switchable(bare)):
+        raise ValueError("the critic's adapter is active, where the student's belongs: activate that, set_adapter")
     present = critic_parameters(bare)
     if present:
         return present

@@ -28,7 +28,7 @@ def teacher_mode(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
     Raises RuntimeError when an adapter is merged into the base weights: then there is no base model to run; and when a
     backward of the student runs inside: checkpointed blocks would be recomputed without the adapter.
     """
-    with base_mode(*modules, lycoris=lycoris), scoring(*modules):
+    with base_mode(*modules, lycoris=lycoris), scoring(*modules, lycoris=lycoris):
         yield
 
 
@@ -48,10 +48,10 @@ def base_mode(*modules: nn.Module, adapter: str | None = None, lycoris: Any = No
 
 
 @contextmanager
-def scoring(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient; each module's own mode comes back."""
+def scoring(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
+    """Evaluation mode and no gradient, adapters as they are; each module's own mode comes back."""
     with ExitStack() as stack:
-        for module in modules:
+        for module in (*modules, lycoris) if isinstance(lycoris, nn.Module) else modules:
             stack.enter_context(_evaluation_mode(module))
         stack.enter_context(torch.no_grad())
         yield

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import lycoris_layers
 from ..patching import delta_parameters, is_patched, patch, trainable_parameters
+from ..patching.names import of_critic
 from ..patching.patch import delta_paths
 from ..patching.unwrap import unwrap
 from .ema import averaged, is_list, plan_list
@@ -98,14 +99,14 @@ def load_student(
 
 
 def student_state(bare: nn.Module, adapted: bool | None = None) -> dict[str, Tensor]:
-    """name -> tensor of all that a student owns within the model: adapters, trained copies, delta embedders;
-    everything for a full-rank student. ``adapted``: whether it has an adapter, where that cannot be seen."""
+    """name -> tensor of all that a student owns within the model: adapters (never a critic's), trained copies, delta
+    embedders; everything for a full-rank student. ``adapted``: whether it has an adapter, where that cannot be seen."""
     owned = {name for name, _ in delta_parameters(bare)}
     layers = dict(tuner_layers(bare))
     for path, layer in layers.items():
         inside = getattr(layer, "adapter_layer_names", ("modules_to_save",))
         parts = tuple(f"{path}.{part}." for part in inside)
-        owned |= {name for name, _ in bare.named_parameters() if name.startswith(parts)}
+        owned |= {name for name, _ in bare.named_parameters() if name.startswith(parts) and not of_critic(name)}
     if adapted is None:
         adapted = bool(layers) or next(lycoris_layers(bare), None) is not None
     state = bare.state_dict(keep_vars=True)

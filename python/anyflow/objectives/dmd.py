@@ -53,7 +53,8 @@ def backward_simulation(
         at, to = to_latents(t), to_latents(r)
         u = flow_map(model_input, t, r)
         state = rollout_step(x, None, u, at, to, torch.ones_like(at), sign=sign, model_dtype=model_dtype)
-        assert state.x is not None and state.model_input is not None
+        assert state.x is not None
+        assert state.model_input is not None
         x, model_input = state.x, state.model_input
     return x
 

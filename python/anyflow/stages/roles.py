@@ -19,7 +19,8 @@ class Roles:
     """``teacher`` and ``student`` are one denoiser where the teacher is the student with its adapter off.
 
     ``trainer``: the trainer's object with ``model_predict``, or None. ``lycoris``: the student's LyCORIS network, or
-    None. ``noise_scheduler``: the scheduler of the pipeline, or None.
+    None. ``noise_scheduler``: the scheduler of the pipeline, or None. ``critic``: a whole network as the
+    fake score, or None.
     """
 
     config: AnyFlowConfig
@@ -29,6 +30,7 @@ class Roles:
     trainer: Any = None
     lycoris: nn.Module | None = None
     noise_scheduler: Any = None
+    critic: Denoiser | None = None
 
     def student_through(self, model: nn.Module | None) -> Denoiser:
         """The student, through the trainer's wrapper ``model`` of it."""
