@@ -65,7 +65,7 @@ class Critic:
             self._optimizer = torch.optim.AdamW(
                 [parameter for _, parameter in self.named_parameters()],
                 lr=self.config.critic_learning_rate,
-                betas=self.config.critic_betas,
+                betas=(float(self.config.critic_betas[0]), float(self.config.critic_betas[1])),
                 weight_decay=self.config.critic_weight_decay,
             )
         return self._optimizer

@@ -112,8 +112,10 @@ def fake_score_loss(
     frames) nothing can be learned and nothing is counted; a sample that is not finite counts as 0.
     Returns [B], float32.
     """
+    rows = (-1, *(1,) * (x.ndim - 1))
     s = to_latents(sigma)
-    finite = x.isfinite().flatten(1).all(1).view(-1, *(1,) * (x.ndim - 1))
+    s = s.view(rows) if s.ndim == 1 else s
+    finite = x.isfinite().flatten(1).all(1).view(rows)
     inputs = interval_inputs(torch.where(finite, x.detach(), 0), noise, s, model_dtype=model_dtype)
     loss, _ = flowmap_loss(fake(inputs.x, sigma), inputs.velocity, weight=(finite & (s > 0)).to(s.dtype), sign=sign)
     return loss
