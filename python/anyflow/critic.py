@@ -104,7 +104,8 @@ class Critic:
         their norm. Where it is not finite, on all ranks alike, the gradient counts as zero."""
         parameters = [parameter for _, parameter in self.named_parameters()]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         if all(parameter.grad is None for parameter in parameters):
             warnings.warn(
                 "no gradient reached the critic: re-entrant gradient checkpointing (use_reentrant=True) gives none "
