@@ -125,9 +125,11 @@ class TestAdding:
                 output(held)
             assert not bare.training
         assert unchanged()
-        with pytest.raises(KeyError), critic.trained(held):
+        with critic.trained(held):
             assert all(p.requires_grad for _, p in critic.named_parameters())
-            raise KeyError
+            raised = pytest.raises(TypeError)
+            with raised, critic.scored(), teacher_mode(bare):
+                held(nonsense=1)
         assert unchanged()
 
 

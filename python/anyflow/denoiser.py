@@ -112,8 +112,8 @@ class TrainerDenoiser:
     """``trainer.model_predict(batch)`` with the latents, sigmas and timesteps of the batch replaced.
 
     r goes in as ``flowmap_r_timesteps``, which the trainer hands to its model as ``r_timestep``; without r the key is
-    absent. ``negative`` lays ``batch["negative_conditioning"]`` over the batch: no tensor of the positive prompt is left
-    in it. Sigmas keep the shape that they have in the batch.
+    absent. ``negative`` lays ``batch["negative_conditioning"]`` over the batch, in which no tensor of the positive
+    prompt is left. Sigmas keep the shape that they have in the batch.
     """
 
     def __init__(self, trainer: Any, bare: nn.Module, spec: FamilySpec) -> None:
