@@ -36,8 +36,11 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from anyflow_kernels.dmd_gradient import kernels as dmd_gradient
 from anyflow_kernels.flowmap_embedding import kernels as flowmap_embedding
+from anyflow_kernels.flowmap_loss import kernels as flowmap_loss
 from anyflow_kernels.gate_blend import kernels as gate_blend
+from anyflow_kernels.interval_inputs import kernels as interval_inputs
 from anyflow_kernels.rollout_step import kernels as rollout_step
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default until triton 3.9, which warns that it will change
@@ -155,6 +158,39 @@ def embedding(
     return calls
 
 
+def inputs(dtype: torch.dtype, times: tuple[int, ...]) -> list[Call]:
+    x0, noise, grad_velocity = (empty(*WAN_LATENTS) for _ in range(3))
+    sigmas, grads = [empty(*times) for _ in range(3)], [empty(*WAN_LATENTS, dtype=dtype) for _ in range(3)]
+    return [
+        operator(interval_inputs.interval_inputs, x0, noise, *sigmas, dtype),
+        operator(interval_inputs.interval_inputs_backward, *grads, grad_velocity, *sigmas, FP32, FP32),
+    ]
+
+
+def loss(dtype: torch.dtype, times: tuple[int, ...], whole: bool) -> list[Call]:
+    """``whole``: with guidance and the central difference."""
+    batch = times[0]
+    shape = (batch, *WAN_LATENTS[1:])
+    prediction, *others = (empty(*shape, dtype=dtype) for _ in range(4))
+    target, residual, grad = empty(*shape), empty(*shape), [empty(batch) for _ in range(2)]
+    interval, gap, weight = (empty(*times) for _ in range(3))
+    optional = (*others, interval, gap) if whole else (None,) * 5
+    scale = 3.0 if whole else 1.0
+    return [
+        operator(flowmap_loss.flowmap_loss, prediction, target, *optional, weight, scale, 1, True),
+        operator(flowmap_loss.flowmap_loss_backward, *grad, residual, weight, scale, 1, dtype),
+    ]
+
+
+def distribution_matching(dtype: torch.dtype, times: tuple[int, ...]) -> list[Call]:
+    x, gradient, sigma, grad = empty(*WAN_LATENTS), empty(*WAN_LATENTS), empty(*times), empty(1)
+    scores = [empty(*WAN_LATENTS, dtype=dtype) for _ in range(4)]
+    return [
+        operator(dmd_gradient.dmd_gradient, x, sigma, *scores, 3.0, 1),
+        operator(dmd_gradient.dmd_gradient_backward, grad, gradient, FP32),
+    ]
+
+
 CASES: dict[str, Callable[[], list[Call]]] = {
     "gate_blend bf16": lambda: blend(BF16),
     "gate_blend fp32": lambda: blend(FP32),
@@ -162,6 +198,16 @@ CASES: dict[str, Callable[[], list[Call]]] = {
     "rollout_step bf16 frames": lambda: rollout(BF16, (1, 1, 21, 1, 1), guided=False),
     "rollout_step bf16 last": lambda: rollout(BF16, (1, 1, 1, 1, 1), guided=True, last=True),
     "rollout_step fp32": lambda: rollout(FP32, (1, 1, 1, 1, 1), guided=True),
+    "interval_inputs bf16": lambda: inputs(BF16, (1, 1, 1, 1, 1)),
+    "interval_inputs bf16 frames": lambda: inputs(BF16, (1, 1, 21, 1, 1)),
+    "interval_inputs fp32": lambda: inputs(FP32, (1, 1, 1, 1, 1)),
+    "flowmap_loss bf16": lambda: loss(BF16, (1, 1, 1, 1, 1), whole=True),
+    "flowmap_loss bf16 frames": lambda: loss(BF16, (2, 1, 21, 1, 1), whole=True),
+    "flowmap_loss bf16 plain": lambda: loss(BF16, (4, 1, 1, 1, 1), whole=False),
+    "flowmap_loss fp32": lambda: loss(FP32, (1, 1, 1, 1, 1), whole=True),
+    "dmd_gradient bf16": lambda: distribution_matching(BF16, (1, 1, 1, 1, 1)),
+    "dmd_gradient bf16 frames": lambda: distribution_matching(BF16, (1, 1, 21, 1, 1)),
+    "dmd_gradient fp32": lambda: distribution_matching(FP32, (1, 1, 1, 1, 1)),
     "flowmap_embedding bf16 D1536 M1": lambda: embedding(1, 1536, BF16, BF16),
     "flowmap_embedding bf16 D1536 M21": lambda: embedding(21, 1536, BF16, BF16, backward=True),
     "flowmap_embedding fp32+bf16 D5120 M2": lambda: embedding(2, 5120, FP32, BF16),

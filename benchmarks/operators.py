@@ -167,6 +167,96 @@ def rollout(
     )
 
 
+def interval(model: str, shape: tuple[int, ...], dtype: torch.dtype, level: str = "full") -> Case:
+    """Three points of the path. That the latents take a gradient is not what training has, but what can be timed."""
+
+    def make(device: str) -> Tensors:
+        source, batch = _Source(device), shape[0]
+        named = {name: source.normal(*shape, dtype=dtype, learnt=True) for name in ("x0", "noise")}
+        sigma = source.times(batch, 0.2, 0.8)
+        return {**named, "sigma": sigma, "sigma_plus": sigma + 0.005, "sigma_minus": sigma - 0.005}
+
+    def operator(tensors: Tensors) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(tensors)
+        return tuple(part for part in anyflow_kernels.interval_inputs(**given) if part is not None)
+
+    elements = float(torch.Size(shape).numel())
+    return Case(
+        operator_name="interval_inputs",
+        model=model,
+        make=make,
+        operator=operator,
+        eager=lambda tensors: eager.interval_inputs(**tensors),
+        backward_reads=("sigma", "sigma_plus", "sigma_minus"),
+        flops=(10 * elements, 13 * elements),
+        level=level,
+    )
+
+
+def loss(model: str, shape: tuple[int, ...], dtype: torch.dtype, level: str = "full") -> Case:
+    """With guidance and a central difference."""
+    guidance_scale = 3.0
+
+    def make(device: str) -> Tensors:
+        source, batch = _Source(device), shape[0]
+        prediction = source.normal(*shape, dtype=dtype, learnt=True)
+        tensors = {"prediction": prediction, "target_velocity": source.normal(*shape, dtype=FP32)}
+        tensors |= {n: source.normal(*shape, dtype=dtype) for n in ("uncond_prediction", "u_plus", "u_minus")}
+        times = {"interval": (0.1, 0.9), "gap": (0.1, 0.1), "weight": (0.5, 1.5)}
+        return {**tensors, **{name: source.times(batch, *ends) for name, ends in times.items()}}
+
+    def operator(tensors: Tensors) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(tensors)
+        return anyflow_kernels.flowmap_loss(**given, guidance_scale=guidance_scale)
+
+    def plain(tensors: Tensors) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(tensors)
+        return eager.flowmap_loss(**given, guidance_scale=guidance_scale)
+
+    elements = float(torch.Size(shape).numel())
+    return Case(
+        operator_name="flowmap_loss",
+        model=model,
+        make=make,
+        operator=operator,
+        eager=plain,
+        backward_reads=("target_velocity", "weight"),  # instead of the residual, which is as large
+        flops=(11 * elements, elements),
+        level=level,
+    )
+
+
+def distribution_matching(model: str, shape: tuple[int, ...], dtype: torch.dtype, level: str = "full") -> Case:
+    """With guidance of the real score."""
+    guidance_scale = 3.0
+
+    def make(device: str) -> Tensors:
+        source, batch = _Source(device), shape[0]
+        tensors = {"x": source.normal(*shape, dtype=FP32, learnt=True), "sigma": source.times(batch, 0.2, 0.8)}
+        names = ("x_sigma", "real_velocity", "fake_velocity", "uncond_real_velocity")
+        return {**tensors, **{name: source.normal(*shape, dtype=dtype) for name in names}}
+
+    def operator(tensors: Tensors) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(tensors)
+        return anyflow_kernels.dmd_gradient(**given, guidance_scale=guidance_scale)
+
+    def plain(tensors: Tensors) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(tensors)
+        return eager.dmd_gradient(**given, guidance_scale=guidance_scale)
+
+    elements = float(torch.Size(shape).numel())
+    return Case(
+        operator_name="dmd_gradient",
+        model=model,
+        make=make,
+        operator=operator,
+        eager=plain,
+        backward_reads=("x",),  # instead of the gradient, which is as large
+        flops=(14 * elements, elements),
+        level=level,
+    )
+
+
 WAN, WAN_14B, WAN_LATENTS = "Wan2.1 1.3B 480p 81 frames", "Wan2.1 14B 480p 81 frames", (1, 16, 21, 60, 104)
 FLUX, SD3, SDXL, DIGITS = "FLUX 1024", "SD3 1024", "SDXL 1024", "digits demo"
 WAN_TOKENS = 21 * 30 * 52
@@ -193,6 +283,17 @@ CASES = (
     rollout(SDXL, (4, 4, 128, 128), BF16, 5.0),
     rollout(FLUX, (1, 4096, 64), BF16),
     rollout(f"{WAN} (and 14B)", WAN_LATENTS, BF16, 5.0, "default"),
+    *(
+        objective(*size)
+        for objective in (interval, loss, distribution_matching)
+        for size in (
+            (DIGITS, (64, 1, 8, 8), FP32, "smallest"),
+            (SD3, (4, 16, 128, 128), BF16),
+            (SDXL, (4, 4, 128, 128), BF16, "default"),
+            (FLUX, (1, 4096, 64), BF16),
+            (f"{WAN} (and 14B)", WAN_LATENTS, BF16, "default"),
+        )
+    ),
 )
 LEVELS = ("smallest", "default", "full")
 

@@ -91,7 +91,7 @@ def test_the_step_is_reported(suite: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_sizes_are_named_by_model() -> None:
-    for operator in ("flowmap_embedding", "gate_blend", "rollout_step"):
+    for operator in {case.operator_name for case in CASES}:
         models = " ".join(case.model for case in CASES if case.operator_name == operator)
         for name in ("Wan2.1 1.3B 480p 81 frames", "14B", "FLUX 1024", "SD3 1024", "SDXL 1024", "digits demo"):
             assert name in models, operator
@@ -101,11 +101,18 @@ WRONG: dict[str, tuple[str, Any]] = {  # by operator: what its public function d
     "gate_blend": ("forward", lambda right: lambda *a, **k: 1.0001 * right(*a, **k)),
     "flowmap_embedding": ("backward", lambda right: lambda *a, **k: _doubled_gradient(right(*a, **k))),
     "rollout_step": ("both", lambda right: lambda *a, **k: _one_nan(right(*a, **k))),
+    "interval_inputs": ("forward", lambda right: lambda *a, **k: _swapped(right(*a, **k))),
+    "flowmap_loss": ("backward", lambda right: lambda *a, **k: tuple(map(_doubled_gradient, right(*a, **k)))),
+    "dmd_gradient": ("forward", lambda right: lambda *a, **k: tuple(1.0001 * y for y in right(*a, **k))),
 }
 
 
 def _doubled_gradient(y: Tensor) -> Tensor:
     return y.detach() + 2 * (y - y.detach())
+
+
+def _swapped(inputs: Any) -> Any:
+    return inputs._replace(x=inputs.x_plus, x_plus=inputs.x)
 
 
 def _one_nan(state: Any) -> Any:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import accumulation_dtype
-from .._triton import ACCUMULATOR
+from .._triton import ACCUMULATOR, arrival_counters
 
 
 @dataclass(frozen=True)
@@ -732,7 +732,7 @@ def flowmap_embedding(
         y,
         silu_out,
         torch.empty((2, blocks, rows, channels), dtype=accumulate, device=t.device),
-        _arrival_counters(t.device, groups),
+        arrival_counters(t.device, groups),
         t,
         r,
         *weights,
@@ -932,19 +932,3 @@ def _sinusoid_options(
         "TIME_SCALE": time_scale,
         "COS_FIRST": flip_sin_to_cos,
     }
-
-
-_counters: dict[tuple[int, int], Tensor] = {}
-
-
-def _arrival_counters(device: torch.device, count: int) -> Tensor:
-    """Zeros, which the last arriver of each group puts back. One set for each stream, whose launches take turns; a
-    captured graph, which may be replayed on any stream, gets its own."""
-    key = (-1, 0)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters or _counters[key].numel() < count:
-        _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return _counters[key]

@@ -1,90 +1,12 @@
 """Triton kernels of ``rollout_step`` and their launchers."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._library import accumulation_dtype
-from .._triton import ACCUMULATOR
-
-BLOCK = 1024
-NUM_WARPS = 4
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How x lies under its times: in ``row_count`` rows of ``inner`` elements that share one; row
-    (b * middle + c) * frames + f takes the time b * frames + f. A program covers ``tile_columns`` elements of
-    ``tile_rows`` rows."""
-
-    row_count: int
-    middle: int
-    frames: int
-    inner: int
-    tile_rows: int
-    tile_columns: int
-
-    @property
-    def programs(self) -> int:
-        return triton.cdiv(self.row_count, self.tile_rows) * triton.cdiv(self.inner, self.tile_columns)
-
-    @property
-    def options(self) -> dict:
-        return {
-            # Two divisions by row: in 64 bits only where 32 do not hold the row.
-            "INDEX": tl.int32 if self.row_count + BLOCK < 2**31 else tl.int64,
-            "TILE_ROWS": self.tile_rows,
-            "TILE_COLUMNS": self.tile_columns,
-            "num_warps": NUM_WARPS,
-        }
-
-
-def launch_config(shape: torch.Size, times_shape: torch.Size) -> Tiling | None:
-    """None when the times do not vary as (outer, broadcast, inner, broadcast)."""
-    runs: list[tuple[bool, int]] = []  # adjacent dimensions of one kind: (times vary along it, its length)
-    for size, times in zip(shape, times_shape, strict=True):
-        if size == 1:
-            continue
-        varies = times == size
-        if runs and runs[-1][0] == varies:
-            runs[-1] = (varies, runs[-1][1] * size)
-        else:
-            runs.append((varies, size))
-    if not runs or not runs[0][0]:
-        runs.insert(0, (True, 1))
-    if len(runs) > 4:
-        return None
-    lengths = [length for _, length in runs]
-    if len(lengths) <= 2:
-        lengths = [lengths[0], 1, 1, *lengths[1:]]
-    outer, middle, frames, inner = (*lengths, 1, 1)[:4]
-    columns = min(BLOCK, triton.next_power_of_2(inner))
-    while columns > 128 and 8 * triton.cdiv(inner, columns) * columns > 9 * inner:  # more than an eighth is padding
-        columns //= 2
-    return Tiling(outer * middle * frames, middle, frames, inner, BLOCK // columns, columns)
-
-
-@triton.jit
-def _tile(
-    row_count,
-    middle,
-    frames,
-    inner,
-    INDEX: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
-    """Offsets [R, C] of this program's elements with their mask, and offsets [R] of their times with theirs."""
-    column_tiles = tl.cdiv(inner, TILE_COLUMNS)
-    row = (tl.program_id(0) // column_tiles).to(INDEX) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = (tl.program_id(0) % column_tiles).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    time = row // frames // middle * frames + row % frames
-    row_mask = row < row_count
-    offset = row.to(tl.int64)[:, None] * inner + column[None, :]
-    return offset, row_mask[:, None] & (column < inner)[None, :], time, row_mask
+from .._triton import ACCUMULATOR, rows_of, tile
 
 
 @triton.jit
@@ -116,7 +38,9 @@ def _rollout_step_fwd_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    offset, mask, time, time_mask = _tile(row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS)
+    offset, mask, time, time_mask = tile(
+        tl.program_id(0), row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS
+    )
     v = tl.load(velocity_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
     if uncond_ptr is not None:
         v_u = tl.load(uncond_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
@@ -169,7 +93,9 @@ def _rollout_step_bwd_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    offset, mask, time, time_mask = _tile(row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS)
+    offset, mask, time, time_mask = tile(
+        tl.program_id(0), row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS
+    )
     dx = tl.zeros((TILE_ROWS, TILE_COLUMNS), ACCUMULATE)
     if grad_x_ptr is not None:
         dx += tl.load(grad_x_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
@@ -224,7 +150,7 @@ def rollout_step(
             model_input,
             model_time if last else (time_scale * sigma_next + time_offset).contiguous(),
         )
-    tiling, rows = _rows(shape, sigma, sigma_next, weight)
+    tiling, rows = rows_of(shape, sigma, sigma_next, weight)
     times = sigma_next.contiguous()
     _rollout_step_fwd_kernel[(tiling.programs,)](
         None if last else new_x,
@@ -241,10 +167,7 @@ def rollout_step(
         guidance_scale,
         time_scale,
         time_offset,
-        tiling.row_count,
-        tiling.middle,
-        tiling.frames,
-        tiling.inner,
+        *tiling.sizes,
         SIGN=sign,
         ACCUMULATE=ACCUMULATOR[accumulate],
         ACCUMULATE_TIME=ACCUMULATOR[accumulation_dtype(times)],
@@ -274,7 +197,7 @@ def rollout_step_backward(
     du = None if uncond_velocity is None else torch.empty_like(uncond_velocity, memory_format=contiguous)
 
     if velocity.numel() > 0:
-        tiling, rows = _rows(velocity.shape, sigma, sigma_next, weight)
+        tiling, rows = rows_of(velocity.shape, sigma, sigma_next, weight)
         _rollout_step_bwd_kernel[(tiling.programs,)](
             dx,
             dv,
@@ -282,20 +205,9 @@ def rollout_step_backward(
             *(None if g is None else g.contiguous() for g in grads),
             *rows,
             guidance_scale,
-            tiling.row_count,
-            tiling.middle,
-            tiling.frames,
-            tiling.inner,
+            *tiling.sizes,
             SIGN=sign,
             ACCUMULATE=ACCUMULATOR[accumulate],
             **tiling.options,
         )
     return dx, dv, velocity.new_empty(0) if du is None else du
-
-
-def _rows(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
-    tiling = launch_config(shape, times[0].shape)
-    if tiling is None:
-        times = tuple(time.expand(shape) for time in times)
-        tiling = launch_config(shape, shape)
-    return tiling, [time.contiguous() for time in times]

@@ -16,7 +16,33 @@ import anyflow_kernels
 from anyflow_kernels import EmbedderWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATORS = ("gate_blend", "rollout_step", "flowmap_embedding")
+OPERATORS = (
+    "gate_blend",
+    "rollout_step",
+    "flowmap_embedding",
+    "interval_inputs",
+    "flowmap_loss",
+    "dmd_gradient",
+)
+
+
+TIMES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # shapes of a tensor and of its times
+    "scalar": ((2, 3, 4, 9), ()),
+    "one": ((2, 3, 4, 9), (1,)),
+    "per sample": ((2, 3, 4, 9), (2,)),
+    "per frame": ((2, 3, 4, 3, 3), (2, 1, 4, 1, 1)),
+    "per frame, shared": ((2, 3, 4, 3, 3), (1, 1, 4, 1, 1)),
+    "per token": ((2, 7, 63), (2, 7, 1)),
+    "per channel": ((2, 7, 5), (1, 7, 1)),
+    "per element": ((2, 7, 5), (2, 7, 5)),
+    "last dimension": ((2, 7, 5), (1, 1, 5)),
+    "no pattern": ((2, 3, 2, 2, 3, 2), (2, 1, 2, 1, 3, 1)),
+    "two tiles": ((1, 3, 500), (1,)),
+    "many rows": ((40, 5, 9), (40, 5, 1)),
+    "empty": ((0, 3), (0,)),
+    "empty samples": ((2, 0), (2,)),
+    "zero dimensions": ((), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +72,9 @@ def sample_inputs(
     second_dtype: torch.dtype | None = None,
     **shape: Any,
 ) -> Sample:
-    """``dtype`` is that of base, of x, or of the base embedder's weights; ``second_dtype`` that of delta, of the
-    velocities, or of the delta embedder's weights."""
+    """``dtype`` is that of base, of x, of x0, of the target velocity, or of the base embedder's weights;
+    ``second_dtype`` that of delta, of the velocities, of the noise, of the predictions, or of the delta embedder's
+    weights."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = dtype, spread: float = 1.0, learnt: bool = True) -> Tensor:
@@ -57,8 +84,8 @@ def sample_inputs(
     def uniform(*size: int, dtype: torch.dtype) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
-    builder = {"gate_blend": _gate_blend, "rollout_step": _rollout_step, "flowmap_embedding": _flowmap_embedding}
-    return builder[operator](normal, uniform, dtype, second_dtype or dtype, **shape)
+    builder = globals()[f"_{operator}"]
+    return builder(normal, uniform, dtype, second_dtype or dtype, **shape)
 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -106,9 +133,6 @@ def _rollout_step(
     options = {"guidance_scale": 1.0 if guidance is None else guidance, "sign": sign}
     options |= {"time_scale": 1000.0, "time_offset": 0.5}
 
-    def rows(time: Tensor) -> Tensor:
-        return time if time.ndim == len(size) else time.reshape(time.shape + (1,) * (len(size) - time.ndim))
-
     def run(
         x, velocity, sigma, sigma_next, weight, average=None, uncond_velocity=None, **changed
     ) -> tuple[Tensor, ...]:
@@ -133,15 +157,24 @@ def _rollout_step(
         if guidance is not None:
             v = uncond_velocity + guidance * (velocity - uncond_velocity)
         v = (sign * v).to(x.dtype if exact else wide)
-        new_average = rows(weight) * v + (0 if average is None else average)
+        new_average = _rows(weight, size) * v + (0 if average is None else average)
         if last:
             return (new_average,)
-        new_x = x.to(v.dtype) + rows(sigma_next - sigma) * v
+        new_x = x.to(v.dtype) + _rows(sigma_next - sigma, size) * v
         return new_average, new_x, new_x if exact else new_x.to(model_dtype), 1000.0 * sigma_next + 0.5
 
     def raw(x, velocity, sigma, sigma_next, weight, average=None, uncond_velocity=None) -> tuple[Any, ...]:
         scalars = (options["guidance_scale"], sign, 1000.0, 0.5, model_dtype, last)
-        return (x, average, velocity, uncond_velocity, rows(sigma), rows(sigma_next), rows(weight), *scalars)
+        return (
+            x,
+            average,
+            velocity,
+            uncond_velocity,
+            _rows(sigma, size),
+            _rows(sigma_next, size),
+            _rows(weight, size),
+            *scalars,
+        )
 
     return Sample(tensors, run, formula, raw, terms=2)
 
@@ -211,6 +244,151 @@ def _flowmap_embedding(
         return (t.reshape(-1), r.reshape(-1), *base, *delta, gate, *scalars)
 
     return Sample(tensors, run, formula, raw, terms=max(channels, *hidden))
+
+
+def _interval_inputs(
+    normal,
+    uniform,
+    dtype,
+    second_dtype,
+    size=(2, 3, 4, 9),
+    times=(2,),
+    difference: bool = True,
+    model_dtype: torch.dtype | None = None,
+) -> Sample:
+    wide = _wide(dtype, second_dtype)
+    model_dtype = model_dtype or dtype
+    tensors = {"x0": normal(*size), "noise": normal(*size, dtype=second_dtype)}
+    names = ("sigma", "sigma_plus", "sigma_minus")[: 3 if difference else 1]
+    tensors |= {name: uniform(*times, dtype=wide) for name in names}
+
+    def run(x0, noise, **sigmas) -> tuple[Tensor, ...]:
+        found = anyflow_kernels.interval_inputs(x0, noise, **sigmas, model_dtype=model_dtype)
+        return tuple(part for part in found if part is not None)
+
+    def formula(x0, noise, exact=False, **sigmas) -> tuple[Tensor, ...]:
+        computed = x0.dtype if exact else wide
+        x0, noise = x0.to(computed), noise.to(computed)
+        inputs = [(1 - s) * x0 + s * noise for s in (_rows(sigma, size) for sigma in sigmas.values())]
+        return *(x if exact else x.to(model_dtype) for x in inputs), noise - x0
+
+    def raw(x0, noise, sigma, sigma_plus=None, sigma_minus=None) -> tuple[Any, ...]:
+        rows = (None if s is None else _rows(s, size) for s in (sigma, sigma_plus, sigma_minus))
+        return (x0, noise, *rows, model_dtype)
+
+    return Sample(tensors, run, formula, raw, terms=4)
+
+
+def _flowmap_loss(
+    normal,
+    uniform,
+    dtype,
+    second_dtype,
+    size=(3, 2, 4, 9),
+    times=(3,),
+    weights: tuple[int, ...] | None = None,
+    guidance: float | None = 3.0,
+    sign: int = -1,
+    difference: bool = True,
+) -> Sample:
+    wide = _wide(dtype, second_dtype)
+    tensors = {"prediction": normal(*size, dtype=second_dtype), "target_velocity": normal(*size, learnt=False)}
+    constant = {"dtype": second_dtype, "learnt": False}
+    if guidance is not None:
+        tensors["uncond_prediction"] = normal(*size, **constant)
+    if difference:
+        tensors |= {"u_plus": normal(*size, **constant), "u_minus": normal(*size, **constant)}
+        tensors |= {"interval": uniform(*times, dtype=wide), "gap": 0.5 + uniform(*times, dtype=wide)}
+    tensors["weight"] = uniform(*(times if weights is None else weights), dtype=wide)
+    options = {"guidance_scale": 1.0 if guidance is None else guidance, "sign": sign}
+
+    def run(prediction, target_velocity, **others) -> tuple[Tensor, ...]:
+        return anyflow_kernels.flowmap_loss(prediction, target_velocity, **(options | others))
+
+    def formula(
+        prediction,
+        target_velocity,
+        weight,
+        uncond_prediction=None,
+        u_plus=None,
+        u_minus=None,
+        interval=None,
+        gap=None,
+        exact=False,
+    ) -> tuple[Tensor, ...]:
+        computed = prediction.dtype if exact else wide
+        p, target = prediction.to(computed), target_velocity.to(computed)
+        g = options["guidance_scale"]
+        if guidance is not None:
+            p = (p + (g - 1) * uncond_prediction.to(computed)) / g
+        if difference:
+            derivative = sign * (u_plus.to(computed) - u_minus.to(computed)) / _rows(gap, size)
+            target = target - _rows(interval, size) * derivative / g
+        square = (sign * p - target) ** 2
+        samples = (size[0], math.prod(size[1:]))
+        return (_rows(weight, size) * square).reshape(samples).mean(1), square.reshape(samples).mean(1)
+
+    def raw(prediction, target_velocity, weight, **others) -> tuple[Any, ...]:
+        names = ("uncond_prediction", "u_plus", "u_minus")
+        rows = (others.get(name) for name in ("interval", "gap"))
+        return (
+            prediction,
+            target_velocity,
+            *(others.get(name) for name in names),
+            *(None if time is None else _rows(time, size) for time in (*rows, weight)),
+            *options.values(),
+            prediction.requires_grad,
+        )
+
+    return Sample(tensors, run, formula, raw, terms=math.prod(size[1:]))
+
+
+def _dmd_gradient(
+    normal,
+    uniform,
+    dtype,
+    second_dtype,
+    size=(3, 2, 4, 9),
+    times=(3,),
+    guidance: float | None = 3.5,
+    sign: int = -1,
+) -> Sample:
+    wide = _wide(dtype, second_dtype)
+    constant = {"dtype": second_dtype, "learnt": False}
+    tensors = {"x": normal(*size), "x_sigma": normal(*size, **constant)}
+    tensors |= {name: normal(*size, **constant) for name in ("real_velocity", "fake_velocity")}
+    if guidance is not None:
+        tensors["uncond_real_velocity"] = normal(*size, **constant)
+    tensors["sigma"] = uniform(*times, dtype=wide)
+    options = {"guidance_scale": 1.0 if guidance is None else guidance, "sign": sign}
+
+    def run(x, sigma, x_sigma, real_velocity, fake_velocity, **others) -> tuple[Tensor, ...]:
+        return anyflow_kernels.dmd_gradient(x, sigma, x_sigma, real_velocity, fake_velocity, **(options | others))
+
+    def formula(
+        x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity=None, exact=False
+    ) -> tuple[Tensor, ...]:
+        computed = x.dtype if exact else wide
+        x, x_sigma, real, fake = (t.to(computed) for t in (x, x_sigma, real_velocity, fake_velocity))
+        if guidance is not None:
+            uncond = uncond_real_velocity.to(computed)
+            real = uncond + guidance * (real - uncond)
+        x0_real, x0_fake = (x_sigma - _rows(sigma, size) * sign * v for v in (real, fake))
+        samples = (size[0], math.prod(size[1:]))
+        normaliser = (x - x0_real).abs().reshape(samples).mean(1)
+        gradient = ((x0_fake - x0_real) / _rows(normaliser, size)).detach()
+        return 0.5 * ((x - (x - gradient).detach()) ** 2).reshape(samples).mean(1), gradient
+
+    def raw(x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity=None) -> tuple[Any, ...]:
+        constants = (x_sigma, real_velocity, fake_velocity, uncond_real_velocity)
+        return (x, _rows(sigma, size), *constants, *options.values())
+
+    return Sample(tensors, run, formula, raw, terms=math.prod(size[1:]))
+
+
+def _rows(time: Tensor, size: tuple[int, ...]) -> Tensor:
+    """In a shape that broadcasts to ``size``."""
+    return time if time.ndim == len(size) else time.reshape(time.shape + (1,) * (len(size) - time.ndim))
 
 
 def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -67,7 +67,19 @@ BULK_LOADS = {  # (loads, stores) of 16 bytes that 8 elements a thread need
     "rollout_step bf16 _rollout_step_bwd_kernel": (1 + 2, 2 + 1 + 1),
     "rollout_step bf16 frames _rollout_step_fwd_kernel": (1 + 2 * 2, 2 * 2 + 1),
     "rollout_step bf16 last _rollout_step_fwd_kernel": (2 + 2, 2),
+    "interval_inputs bf16 _interval_inputs_fwd_kernel": (2 + 2, 3 + 2),  # three inputs and the velocity
+    "interval_inputs bf16 _interval_inputs_bwd_kernel": (3 + 2, 2 + 2),
+    "interval_inputs bf16 frames _interval_inputs_fwd_kernel": (2 + 2, 3 + 2),
+    "flowmap_loss bf16 _flowmap_loss_fwd_kernel": (4 + 2, 2),  # four predictions and the velocity; the residual
+    "flowmap_loss bf16 _flowmap_loss_bwd_kernel": (2, 1),
+    "flowmap_loss bf16 frames _flowmap_loss_fwd_kernel": (4 + 2, 2),
+    "flowmap_loss bf16 plain _flowmap_loss_fwd_kernel": (1 + 2, 2),
+    "dmd_gradient bf16 _dmd_gradient_sums_kernel": (4 + 2, 0),  # three scores, x_sigma and x
+    "dmd_gradient bf16 _dmd_gradient_fwd_kernel": (3, 2),
+    "dmd_gradient bf16 _dmd_gradient_bwd_kernel": (2, 2),
+    "dmd_gradient bf16 frames _dmd_gradient_sums_kernel": (4 + 2, 0),
 }
+SUMS = ("_flowmap_loss_fwd_kernel", "_dmd_gradient_sums_kernel")  # whose last arriver adds two blocks of partial sums
 
 
 @pytest.mark.parametrize("kernel", BULK_LOADS)
@@ -75,11 +87,13 @@ def test_bulk_accesses_are_16_bytes_wide(report: list[dict[str, Any]], kernel: s
     entries = [entry for entry in report if f"{entry['case']} {entry['kernel']}" == kernel]
     assert len(entries) == 3
     for entry in entries:
-        assert (entry["loads"]["16"], entry["stores"]["16"]) == BULK_LOADS[kernel], entry
-        # The rest are single values: the gate, times, a partial sum. The first program's times come 8 to a thread.
+        assert (entry["loads"]["16"], entry["stores"].get("16", 0)) == BULK_LOADS[kernel], entry
+        # The rest are single values: the gate, times, a partial sum. The first program's times come 8 to a thread, so
+        # do partial sums, of which two are written, with two results and the counter.
         times = 8 if "rollout_step_fwd" in kernel and "last" not in kernel else 0
-        assert sum(entry["loads"].values()) - entry["loads"]["16"] <= 3 + times, entry
-        assert sum(entry["stores"].values()) - entry["stores"]["16"] <= 1 + times, entry
+        loads, stores = (16, 4) if kernel.endswith(SUMS) else (times, times)
+        assert sum(entry["loads"].values()) - entry["loads"]["16"] <= 3 + loads, entry
+        assert sum(entry["stores"].values()) - entry["stores"].get("16", 0) <= 1 + stores, entry
 
 
 def test_weights_are_read_16_bytes_at_a_time(report: list[dict[str, Any]]) -> None:
@@ -137,7 +151,8 @@ def test_gate_blend_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("times", [(1, 1), (PROGRAM + 1, 1), (1, 1024)], ids=["one", "per row", "per column"])
 def test_rollout_step_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, times: tuple[int, int]) -> None:
-    from anyflow_kernels.rollout_step.kernels import _rollout_step_fwd_kernel, launch_config
+    from anyflow_kernels._triton import launch_config
+    from anyflow_kernels.rollout_step.kernels import _rollout_step_fwd_kernel
 
     tiling = launch_config(torch.Size([PROGRAM + 1, 1024]), torch.Size(times))
     assert tiling.programs == PROGRAM + 1
@@ -154,3 +169,32 @@ def test_rollout_step_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, times: tup
     )
     torch.testing.assert_close(new_x, x - 0.25 * v)
     torch.testing.assert_close(average, 0.25 * v)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("samples", [1, 3], ids=["in a large sample", "in a late sample"])
+def test_flowmap_loss_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    """One program of many: its offsets, its partial sums, and that it is not the last to arrive."""
+    from anyflow_kernels._triton import launch_config
+    from anyflow_kernels.flowmap_loss.kernels import _flowmap_loss_fwd_kernel
+
+    elements = (PROGRAM + 1) * 1024 // samples // 1024 * 1024
+    tiling = launch_config(torch.Size([elements]), torch.Size([1]))
+    program = samples * tiling.programs - 1
+    prediction, target, residual = torch.randn(1024), torch.randn(1024), torch.zeros(1024)
+    weight = torch.arange(1.0, samples + 1)
+    loss, counter = torch.full((samples,), -1.0), torch.zeros(samples, dtype=torch.int32)
+    partial = torch.zeros(program + 2)  # the unweighted sums follow num_programs, which is 1 here, behind
+    _FarAway(monkeypatch, program, [prediction, target, residual], [weight, loss, counter, partial])
+    _flowmap_loss_fwd_kernel[(1,)](
+        *(loss, loss, residual, partial, counter, prediction, target, None, None, None, None, None, weight, 1.0, 0.0),
+        *tiling.sizes,
+        SIGN=1,
+        ACCUMULATE=tl.float32,
+        **{name: value for name, value in tiling.options.items() if name != "num_warps"},
+    )
+    torch.testing.assert_close(residual, prediction - target)
+    torch.testing.assert_close(partial[-1], residual.square().sum())
+    torch.testing.assert_close(partial[-2], samples * residual.square().sum())
+    assert counter.tolist() == [0] * (samples - 1) + [1]
+    assert loss.eq(-1).all()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import DEVICE, check_against_oracle, sample_inputs
+from samples import DEVICE, TIMES, check_against_oracle, sample_inputs
 from torch import Tensor
 
 from anyflow_kernels import rollout_step
@@ -20,23 +20,6 @@ DTYPES = {
     "bf16": (BF16, BF16),
     "fp64": (F64, F64),
     "fp32-fp64": (F32, F64),
-}
-TIMES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # shapes of x and of the times
-    "scalar": ((2, 3, 4, 9), ()),
-    "one": ((2, 3, 4, 9), (1,)),
-    "per sample": ((2, 3, 4, 9), (2,)),
-    "per frame": ((2, 3, 4, 3, 3), (2, 1, 4, 1, 1)),
-    "per frame, shared": ((2, 3, 4, 3, 3), (1, 1, 4, 1, 1)),
-    "per token": ((2, 7, 63), (2, 7, 1)),
-    "per channel": ((2, 7, 5), (1, 7, 1)),
-    "per element": ((2, 7, 5), (2, 7, 5)),
-    "last dimension": ((2, 7, 5), (1, 1, 5)),
-    "no pattern": ((2, 3, 2, 2, 3, 2), (2, 1, 2, 1, 3, 1)),
-    "two tiles": ((1, 3, 500), (1,)),
-    "many rows": ((40, 5, 9), (40, 5, 1)),
-    "empty": ((0, 3), (0,)),
-    "empty samples": ((2, 0), (2,)),
-    "zero dimensions": ((), ()),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "guided": {},
