@@ -19,6 +19,17 @@ DEFAULTS = {
     "loss_weight": 1.0,
     "timestep_scale": None,
     "seed": 0,
+    "diffusion_ratio": 0.5,
+    "consistency_ratio": 0.25,
+    "schedule_shift": None,
+    "derivative": "central_difference",
+    "central_difference_epsilon": 0.005,
+    "boundary_mode": "extrapolate",
+    "difference_precision": "model",
+    "fuse_guidance_scale": 3.0,
+    "meanflow_weight_type": "beta08",
+    "meanflow_adaptive_weighting": True,
+    "diffusion_target": "flow",
 }
 
 
@@ -47,12 +58,31 @@ def test_defaults_and_round_trip() -> None:
         ("loss_weight", -1),
         ("timestep_scale", 0),
         ("seed", -1),
+        ("diffusion_ratio", 1.5),
+        ("consistency_ratio", -0.1),
+        ("consistency_ratio", 0.75),
+        ("schedule_shift", 0.0),
+        ("derivative", "forward"),
+        ("central_difference_epsilon", 0.0),
+        ("central_difference_epsilon", 5),
+        ("boundary_mode", "reflect"),
+        ("difference_precision", "bfloat16"),
+        ("fuse_guidance_scale", 0.0),
+        ("meanflow_weight_type", "beta"),
+        ("meanflow_adaptive_weighting", 1),
+        ("diffusion_target", "base"),
     ],
 )
 def test_out_of_range_names_key_and_value(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=key) as error:
         AnyFlowConfig(**{key: value})
     assert repr(value) in str(error.value)
+
+
+def test_base_prediction_has_its_own_guidance() -> None:
+    with pytest.raises(ValueError, match=r"fuse_guidance_scale=3\.0.*base_prediction"):
+        AnyFlowConfig(diffusion_target="base_prediction")
+    AnyFlowConfig(diffusion_target="base_prediction", fuse_guidance_scale=1.0)
 
 
 def test_unknown_key_lists_the_known() -> None:

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 _CHOICES = {
-    "target_mode": ("online_teacher", "linear", "onpolicy"),
+    "target_mode": ("online_teacher", "linear", "meanflow", "onpolicy"),
     "r_timestep_sampler": ("uniform", "zero"),
     "deltatime_type": ("r", "t-r"),
-    "onpolicy_forward": ("online_teacher", "linear"),
+    "derivative": ("central_difference", "jvp"),
+    "boundary_mode": ("extrapolate", "clamp"),
+    "difference_precision": ("model", "float32"),
+    "meanflow_weight_type": ("beta08", "gaussian", "uniform"),
+    "diffusion_target": ("flow", "base_prediction"),
+    "onpolicy_forward": ("meanflow", "online_teacher", "linear"),
 }
 
 
@@ -20,8 +25,9 @@ _CHOICES = {
 class AnyFlowConfig:
     """Every key of the distiller; checked at construction.
 
-    target_mode: "online_teacher" = the teacher's average velocity over [r, t]; "linear" = noise - x0; "onpolicy" =
-        distribution matching on the student's own samples, with a forward loss beside it.
+    target_mode: "online_teacher" = the teacher's average velocity over [r, t]; "linear" = noise - x0; "meanflow" =
+        forward flow-map training, from data alone; "onpolicy" = distribution matching on the student's own samples,
+        with one of the others as the forward loss beside it.
     teacher_rollout_steps: Euler steps of the teacher from t to r, >= 1. One step cannot see r; use 4 or more.
     teacher_guidance_scale: classifier-free guidance of the teacher, >= 0; 1 = off.
     r_timestep_sampler: "uniform" = r uniform below t; "zero" = r = 0.
@@ -30,7 +36,22 @@ class AnyFlowConfig:
     deltatime_type: what the delta embedder sees: "r", or "t-r".
     loss_weight: factor of the loss, >= 0.
     timestep_scale: the model's time argument is this times sigma; None = as the model's family says.
-    seed: seed of the private generator that draws r.
+    seed: seed of the private generator that draws the times.
+
+    Forward stage (target_mode "meanflow"):
+    diffusion_ratio, consistency_ratio: shares of the global batch with r = t and with r = 0, each in [0, 1], at most 1
+        together; the rest has any r in between.
+    schedule_shift: shift of the uniform draws of t and r, > 0; None = the noise scheduler's.
+    derivative: dU/dsigma by "central_difference", or exactly by "jvp" (torch.func.jvp, plain PyTorch only).
+    central_difference_epsilon: half the distance of the two points in sigma, in [1e-4, 0.25].
+    boundary_mode: a point beyond sigma 0 or 1 is taken ("extrapolate"), or moved to the end ("clamp").
+    difference_precision: the two forwards run as the model does ("model"), or wholly in "float32", weights of lower
+        precision included.
+    fuse_guidance_scale: guidance g that the student learns, > 0; 1 = off, others need negative_conditioning.
+    meanflow_weight_type: weight of a sample by its sigma_t, of mean 1: "beta08", "gaussian" or "uniform".
+    meanflow_adaptive_weighting: whether samples with r < t weigh as the global batch's diffusion samples do.
+    diffusion_target: of samples with r = t: the "flow" noise - x0, or "base_prediction", the velocity of the model with
+        its adapter off, which needs fuse_guidance_scale 1.
 
     On-policy stage:
     onpolicy_forward: the target mode of the forward loss beside the distribution matching.
@@ -57,7 +78,19 @@ class AnyFlowConfig:
     timestep_scale: float | None = None
     seed: int = 0
 
-    onpolicy_forward: str = "linear"
+    diffusion_ratio: float = 0.5
+    consistency_ratio: float = 0.25
+    schedule_shift: float | None = None
+    derivative: str = "central_difference"
+    central_difference_epsilon: float = 0.005
+    boundary_mode: str = "extrapolate"
+    difference_precision: str = "model"
+    fuse_guidance_scale: float = 3.0
+    meanflow_weight_type: str = "beta08"
+    meanflow_adaptive_weighting: bool = True
+    diffusion_target: str = "flow"
+
+    onpolicy_forward: str = "meanflow"
     simulation_steps: tuple[int, ...] = (2, 4, 8, 16, 50)
     dmd_weight: float = 1.0
     real_guidance_scale: float = 1.0
@@ -81,7 +114,27 @@ class AnyFlowConfig:
         self._require("seed", "an integer >= 0", _is_integer, lambda v: v >= 0)
         if self.timestep_scale is not None:
             self._require("timestep_scale", "None or a finite number other than 0", _is_number, lambda v: v != 0)
+        self._check_forward()
         self._check_onpolicy()
+
+    def _check_forward(self) -> None:
+        for key in ("diffusion_ratio", "consistency_ratio"):
+            self._require(key, "a number in [0, 1]", _is_number, lambda v: 0 <= v <= 1)
+        if self.diffusion_ratio + self.consistency_ratio > 1:
+            raise ValueError(
+                f"diffusion_ratio={self.diffusion_ratio!r}, consistency_ratio={self.consistency_ratio!r}: must be at "
+                "most 1 together"
+            )
+        if self.schedule_shift is not None:
+            self._require("schedule_shift", "None or a finite number > 0", _is_number, lambda v: v > 0)
+        self._require("central_difference_epsilon", "a number in [1e-4, 0.25]", _is_number, lambda v: 1e-4 <= v <= 0.25)
+        self._require("fuse_guidance_scale", "a finite number > 0", _is_number, lambda v: v > 0)
+        self._require("meanflow_adaptive_weighting", "True or False", lambda v: isinstance(v, bool), lambda v: True)
+        if self.diffusion_target == "base_prediction" and self.fuse_guidance_scale != 1:
+            raise ValueError(
+                f"fuse_guidance_scale={self.fuse_guidance_scale!r}: must be 1 with diffusion_target='base_prediction', "
+                "whose velocity has its own guidance"
+            )
 
     def _check_onpolicy(self) -> None:
         for key in ("simulation_steps", "critic_betas"):
@@ -103,6 +156,11 @@ class AnyFlowConfig:
         value = getattr(self, key)
         if not (of_type(value) and in_range(value)):
             raise ValueError(f"{key}={value!r}: must be {allowed}")
+
+    @property
+    def forward_mode(self) -> str:
+        """The target mode of the loss in which the student predicts a target."""
+        return self.onpolicy_forward if self.target_mode == "onpolicy" else self.target_mode
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AnyFlowConfig:

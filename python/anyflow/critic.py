@@ -8,16 +8,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapters import add_critic, base_mode, critic_parameters, scoring
+from .adapters import add_critic, base_mode, critic_parameters, frozen
 from .config import AnyFlowConfig
+from .distributed import average_gradients, is_sharded, placed, whole
 from .patching.names import CRITIC
 from .patching.unwrap import unwrap
 
 _WEIGHT, _OPTIMIZER = "critic.", "critic_optimizer."
-_BUCKET = 2**25  # elements of one all-reduce
 
 
 class Critic:
@@ -74,10 +73,10 @@ class Critic:
     def scored(self) -> Iterator[None]:
         """The critic answers, in evaluation mode, without gradient; exactly the entry state comes back."""
         if self.separate is not None:
-            with scoring(self.separate):
+            with frozen(self.separate):
                 yield
             return
-        with base_mode(*self._networks, adapter=CRITIC, lycoris=self.lycoris), scoring(*self._networks):
+        with base_mode(*self._networks, adapter=CRITIC, lycoris=self.lycoris), frozen(*self._networks):
             yield
 
     @contextmanager
@@ -142,76 +141,25 @@ class Critic:
             raise ValueError(f"the checkpoint holds another critic; missing, unexpected or misshapen: {unfit}")
         state = self.optimizer.state
         for name, parameter in own.items():
-            parameter.copy_(_placed(weights[name], parameter))
+            parameter.copy_(placed(weights[name], parameter))
             state.pop(parameter, None)
             if name in moments:
                 state[parameter] = {
-                    kind: value.clone() if value.ndim == 0 else _placed(value, parameter)
+                    kind: value.clone() if value.ndim == 0 else placed(value, parameter)
                     for kind, value in moments[name].items()
                 }
-
-
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """The mean of each gradient over all ranks, in place; a gradient that is None counts as zero and becomes one.
-
-    The collectives, in number and order, depend on the parameters alone. Those of FSDP2 were averaged in the backward.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None and not _is_sharded(p)]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1).to(torch.float32) for gradient in bucket])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        if bucket and sum(g.numel() for g in bucket) + gradient.numel() > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(gradient)
-    if bucket:
-        yield bucket
 
 
 @torch.no_grad()
 def _clip(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """Scale all gradients to a norm of at most ``limit``, and to zero where it is not finite; returns the norm."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [[g for g in gradients if _is_sharded(g) == sharded] for sharded in (False, True)]
+    parts = [[g for g in gradients if is_sharded(g) == sharded] for sharded in (False, True)]
     norms = [whole(torch.nn.utils.get_total_norm(part)) for part in parts if part]
     norm = torch.linalg.vector_norm(torch.stack([n.to(torch.float32) for n in norms]))
     usable = norm.isfinite()
     scale = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        local = gradient.to_local() if _is_sharded(gradient) else gradient  # type: ignore[attr-defined]
+        local = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
         local.copy_(torch.where(usable, local * scale, 0))
     return norm
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 has sharded: a collective. Others as they are."""
-    return tensor.detach().full_tensor() if _is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
-
-
-def _placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, laid out as ``like``: its device, its shards."""
-    if not _is_sharded(like):
-        return tensor.to(like.device, copy=True)
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = like
-    return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements)

@@ -42,6 +42,8 @@ class AnyFlowDistiller:
     ``critic_model``: for ``target_mode="onpolicy"``, a whole network that is trained as the fake score; by default an
         adapter on the teacher's (``anyflow.add_critic``). The teacher's network starts it: a copy, with trained weights
         of its own.
+    ``mesh``: the torch ``DeviceMesh`` of a run in which ranks share samples (context or tensor parallel); or
+        ``dp_rank`` and ``dp_size``, this rank's number among those whose samples differ. By default all differ.
 
     A student that is not patched yet is patched; on one that is, the configuration's gate and type are set where given.
     Its delta embedders are made trainable: take the optimizer's parameters from ``trainable_parameters()``.
@@ -62,6 +64,9 @@ class AnyFlowDistiller:
         noise_scheduler: Any = None,
         config: AnyFlowConfig | Mapping[str, Any] | None = None,
         lycoris: nn.Module | None = None,
+        dp_rank: int | None = None,
+        dp_size: int | None = None,
+        mesh: Any = None,
         critic_model: nn.Module | None = None,
     ) -> None:
         if isinstance(config, AnyFlowConfig):
@@ -87,13 +92,13 @@ class AnyFlowDistiller:
             self.teacher if student_model is None else DiffusersDenoiser(student, self._spec(unwrap(student)))
         )
         self._check_student(student)
-        if self.config.target_mode == "online_teacher" and self.config.teacher_rollout_steps == 1:
+        if self.config.forward_mode == "online_teacher" and self.config.teacher_rollout_steps == 1:
             warnings.warn(
                 "teacher_rollout_steps=1: one Euler step makes the target the teacher's own velocity, whatever r is; "
                 "use 4 or more",
                 stacklevel=2,
             )
-        self.streams = RandomStreams(self.config.seed)
+        self.streams = RandomStreams(self.config.seed, dp_rank=dp_rank, dp_size=dp_size, mesh=mesh)
         critic = None if critic_model is None else DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
         if critic is not None and critic.bare in (self.teacher.bare, self.student.bare):
             raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
@@ -128,7 +133,7 @@ class AnyFlowDistiller:
         """Whatever would train wrongly without a word is refused here."""
         bare = self.student.bare
         adapted = self.lycoris is not None or has_adapter(bare)
-        if bare is self.teacher.bare and not adapted and self.config.target_mode != "linear":
+        if bare is self.teacher.bare and not adapted and _needs_teacher(self.config):
             raise ValueError(
                 f"this {type(bare).__name__} has no adapter to switch off, so it cannot be its own teacher: add a LoRA "
                 "before making the distiller, or pass a separate student_model"
@@ -278,9 +283,7 @@ class AnyFlowDistiller:
         From ``set_timesteps`` to the last step the student takes r from it; ``r_timestep_for(timestep)`` is the next
         endpoint. ``scheduler``: whose shift to use; by default ``noise_scheduler``. ValueError when neither is given.
         """
-        source = scheduler if scheduler is not None else self.noise_scheduler
-        if source is None:
-            source = getattr(getattr(self.trainer, "pipeline", None), "scheduler", None)
+        source = scheduler if scheduler is not None else self._roles.scheduler()
         if source is None:
             raise ValueError("get_scheduler needs a scheduler, or a distiller made with noise_scheduler=")
         return AnyStepScheduler.like(source, [self.student.bare])
@@ -305,6 +308,12 @@ class AnyFlowDistiller:
         self.streams.draws = int(metadata["draws"])
         self._stage.load_state(tensors, metadata)
         return int(metadata["step"])
+
+
+def _needs_teacher(config: AnyFlowConfig) -> bool:
+    if config.target_mode == "meanflow":
+        return config.diffusion_target == "base_prediction"
+    return config.target_mode in ("online_teacher", "onpolicy")
 
 
 def _refuse_other_than_flow(trainer: Any, noise_scheduler: Any) -> None:

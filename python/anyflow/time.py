@@ -1,4 +1,4 @@
-"""Sigma: schedules, the shift, and the draw of the lower time r.
+"""Sigma: schedules, the shift, the draws of the times, the points of a central difference, the weights.
 
 Everything here is in sigma: float32 (float64 stays float64), 1 = noise, 0 = clean. What a model expects instead is its
 family's affair (``anyflow.families``).
@@ -6,6 +6,7 @@ family's affair (``anyflow.families``).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -72,3 +73,74 @@ def sample_logit_normal(count: int, shift: float, mean: float, std: float, gener
     """Draw ``count`` sigmas, logit(u) normal(mean, std) and shifted once (Esser et al. 2024); float32, as above."""
     normal = torch.randn(count, generator=generator, device=generator.device, dtype=torch.float32)
     return shift_sigma(torch.sigmoid(mean + std * normal), shift)
+
+
+def sample_intervals(
+    count: int,
+    diffusion_ratio: float,
+    consistency_ratio: float,
+    shift: float,
+    phase: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw (sigma_t, sigma_r) for ``count`` samples: two uniform u, sorted into t >= r, both shifted once.
+
+    A sample is in one of three buckets (MeanFlow, arXiv 2505.13447; AnyFlow, arXiv 2605.13724): diffusion has r = t,
+    consistency r = 0, the rest keeps its r. The samples, in random order, take the places (i + ``phase``) / count, and
+    the buckets are [0, diffusion_ratio), the next ``consistency_ratio``, and what is left of [0, 1). So each bucket
+    gets its share of the batch, rounded down or up, and with phases spread evenly over [0, 1) its exact share in the
+    long run, at any batch size. ``phase_of_draw`` gives such phases.
+
+    ``phase`` in [0, 1). Returns two float64 tensors [count] on the generator's device, sigma_t in (0, 1].
+    """
+    device = None if generator is None else generator.device
+    u = 1 - torch.rand(2, count, generator=generator, device=device, dtype=torch.float64)
+    t, r = u.amax(0), u.amin(0)
+    place = torch.randperm(count, generator=generator, device=device) + phase
+    r = torch.where(place < (diffusion_ratio + consistency_ratio) * count, 0.0, r)
+    r = torch.where(place < diffusion_ratio * count, t, r)
+    return shift_sigma(t, shift), shift_sigma(r, shift)
+
+
+def phase_of_draw(draw: int) -> float:
+    """The fractional part of ``draw`` times the golden ratio: any consecutive draws are spread evenly over [0, 1), so
+    that batches of one sample, too, have every bucket in its share within a few of them."""
+    return draw * 0.6180339887498949 % 1.0
+
+
+def central_points(sigma: Tensor, epsilon: float, boundary: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigma + epsilon, sigma - epsilon, their distance): where a derivative in sigma is taken, for sigma_t [...].
+
+    ``boundary``: "extrapolate" goes beyond 0 and 1, "clamp" stops there, which makes the difference one-sided. The
+    distance is that of the rounded values that are fed to the model. A clean entry (sigma = 0) stays clean; its
+    distance is given as 1.
+    """
+    plus, minus = sigma + epsilon, sigma - epsilon
+    if boundary == "clamp":
+        plus, minus = plus.clamp_max(1.0), minus.clamp_min(0.0)
+    noisy = sigma > 0
+    plus, minus = torch.where(noisy, plus, 0.0), torch.where(noisy, minus, 0.0)
+    return plus, minus, torch.where(noisy, plus - minus, 1.0)
+
+
+def timestep_weight(sigma: Tensor, weighting: str, shift: float) -> Tensor:
+    """w(sigma_t), of mean 1 over the 1000 shifted sigmas of a training schedule, in the dtype of ``sigma`` [...].
+
+    beta08: proportional to sigma sqrt(1 - sigma) (AnyFlow, arXiv 2605.13724); gaussian: to exp(-2 (sigma - 1/2)^2)
+    less its value at the ends; uniform: 1.
+    """
+    return _unscaled_weight(sigma, weighting) / _mean_weight(weighting, shift)
+
+
+def _unscaled_weight(sigma: Tensor, weighting: str) -> Tensor:
+    if weighting == "beta08":
+        return sigma * (1 - sigma).sqrt()
+    if weighting == "gaussian":
+        return torch.exp(-2 * (sigma - 0.5).square()) - torch.exp(sigma.new_tensor(-0.5))
+    return torch.ones_like(sigma)
+
+
+@functools.cache
+def _mean_weight(weighting: str, shift: float) -> float:
+    grid = shift_sigma(torch.arange(1, 1001, dtype=torch.float64) / 1000, shift)
+    return _unscaled_weight(grid, weighting).mean().item()

@@ -4,7 +4,7 @@ from .critic import add_critic, critic_parameters
 from .gradients import GradientCheck
 from .lycoris import lycoris_layers, random_parameters
 from .targets import lora_targets
-from .teacher import base_mode, check_base, has_adapter, scoring, teacher_mode
+from .teacher import base_mode, check_base, frozen, has_adapter, teacher_mode
 
 __all__ = [
     "GradientCheck",
@@ -12,10 +12,10 @@ __all__ = [
     "base_mode",
     "check_base",
     "critic_parameters",
+    "frozen",
     "has_adapter",
     "lora_targets",
     "lycoris_layers",
     "random_parameters",
-    "scoring",
     "teacher_mode",
 ]

@@ -28,13 +28,13 @@ def teacher_mode(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
     Raises RuntimeError when an adapter is merged into the base weights: then there is no base model to run; and when a
     backward of the student runs inside: checkpointed blocks would be recomputed without the adapter.
     """
-    with base_mode(*modules, lycoris=lycoris), scoring(*modules, lycoris=lycoris):
+    with base_mode(*modules, lycoris=lycoris), frozen(*modules, lycoris=lycoris):
         yield
 
 
 @contextmanager
 def base_mode(*modules: nn.Module, adapter: str | None = None, lycoris: Any = None) -> Iterator[None]:
-    """``teacher_mode`` without evaluation mode, and with gradients: the base model, and ``adapter`` alone on it where
+    """``teacher_mode`` without evaluation mode, and with gradients: the base model, and ``adapter`` alone on it, where
     a layer has it."""
     with ExitStack() as stack:
         for module in modules:
@@ -48,11 +48,15 @@ def base_mode(*modules: nn.Module, adapter: str | None = None, lycoris: Any = No
 
 
 @contextmanager
-def scoring(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
-    """Evaluation mode and no gradient, adapters as they are; each module's own mode comes back."""
+def frozen(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
+    """Run ``modules`` as they are, adapters on, but in evaluation mode, without gradient and without a sampler's r: the
+    same input gives the same output, also where dropout would act in training. The entry state comes back."""
     with ExitStack() as stack:
-        for module in (*modules, lycoris) if isinstance(lycoris, nn.Module) else modules:
+        for module in modules:
             stack.enter_context(_evaluation_mode(module))
+            stack.enter_context(_unscheduled(module))
+        if isinstance(lycoris, nn.Module):
+            stack.enter_context(_evaluation_mode(lycoris))
         stack.enter_context(torch.no_grad())
         yield
 

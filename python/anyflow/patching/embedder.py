@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from anyflow_kernels import EmbedderWeights, flowmap_embedding, gate_blend
+from anyflow_kernels.gate_blend.reference import gate_blend as plain_gate_blend
 
 from .swap import Swapped
 
@@ -150,7 +152,13 @@ def _blend(base: Features, delta: Features, x: Tensor, tau: Tensor, call: FlowMa
         weight = next((p for p in call.delta.parameters() if p.is_floating_point()), None)
         tau = tau.to(x.dtype if weight is None else _compute_dtype(weight, x.dtype))
     embedding = base(x)
-    return gate_blend(embedding, delta(tau), call.gate.to(embedding.device))
+    blend = plain_gate_blend if _forward_mode() else gate_blend
+    return blend(embedding, delta(tau), call.gate.to(embedding.device))
+
+
+def _forward_mode() -> bool:
+    """Whether a forward-mode derivative is taken, which the plain PyTorch functions have and the operators have not."""
+    return forward_ad._current_level >= 0
 
 
 def _compute_dtype(weight: Tensor, otherwise: torch.dtype) -> torch.dtype:
@@ -190,7 +198,8 @@ def _fusable(embedder: nn.Module, stock: type[nn.Module], sample: Tensor, call: 
     Under autocast the layers' own casts are part of what the stock model computes, so they are called.
     """
     return (
-        stock is TimestepEmbedding
+        not _forward_mode()
+        and stock is TimestepEmbedding
         and type(call.delta) is TimestepEmbedding
         and type(call.sinusoid) is Timesteps
         and not any(times is not None and times.constant_tail for times in call.times)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import scoring, teacher_mode
+from ..adapters import frozen, teacher_mode
 from ..critic import Critic
 from ..denoiser import Denoiser
+from ..distributed import sum_over_ranks, world_size
 from ..layout import TimeLayout
 from ..objectives import backward_simulation, distribution_matching, fake_score_loss, simulation_path
 from ..time import at_least_float32, sample_logit_normal, sample_uniform
@@ -32,7 +33,7 @@ class OnPolicyStage:
     def __init__(self, roles: Roles, forward: Stage, critic: Critic) -> None:
         self.roles, self.forward, self.critic = roles, forward, critic
         self.needs = forward.needs
-        self.shift = float(getattr(getattr(roles.noise_scheduler, "config", None), "shift", 1.0))
+        self.shift = roles.schedule_shift()
 
     def times(self, batch: Mapping[str, Any], layout: TimeLayout) -> tuple[Tensor, Tensor]:
         return self.forward.times(batch, layout)
@@ -43,6 +44,7 @@ class OnPolicyStage:
         guidance = self.roles.config.real_guidance_scale
         if guidance != 1.0 and batch.get("negative_conditioning") is None:
             raise ValueError(f"real_guidance_scale={guidance} needs negative_conditioning in the batch")
+        batch = _with_sigmas(batch, sigma)
         logs: dict[str, Tensor] = {}
         for _ in range(self.roles.config.critic_steps_per_generator_step):
             logs = self._critic_step(batch, layout, _levels(sigma), model)
@@ -53,9 +55,8 @@ class OnPolicyStage:
         config = self.roles.config
         forward, logs = self.forward.loss(prepared, prediction)
         layout = TimeLayout(self.roles.student.spec, self.roles.student.bare, prepared["latents"])
-        matching, steps = self._matching_loss(
-            prepared, layout, _levels(prepared["anyflow_sigmas"]), prepared["anyflow_model"]
-        )
+        sigma, model = prepared["anyflow_sigmas"], prepared["anyflow_model"]
+        matching, steps = self._matching_loss(_with_sigmas(prepared, sigma), layout, _levels(sigma), model)
         loss = forward + config.loss_weight * config.dmd_weight * matching
         logs = {
             **logs,
@@ -106,13 +107,13 @@ class OnPolicyStage:
             model_dtype=model_dtype(base.bare),
             to_latents=layout.for_latents,
         )
-        return loss.mean(), steps
+        return _mean(loss), steps
 
     def _critic_step(
         self, batch: Mapping[str, Any], layout: TimeLayout, levels: Tensor, model: nn.Module | None
     ) -> dict[str, Tensor]:
         roles, config = self.roles, self.roles.config
-        with scoring(roles.student.bare, lycoris=roles.lycoris):
+        with frozen(roles.student.bare, lycoris=roles.lycoris):
             x, _ = self._samples(batch, layout, levels, roles.student_through(model))
         generator = roles.streams.own()
         noise = _noise(batch, generator)
@@ -132,7 +133,7 @@ class OnPolicyStage:
                 model_dtype=model_dtype(base.bare),
                 to_latents=layout.for_latents,
             )
-            loss = losses.mean()
+            loss = _mean(losses)
             norm = self.critic.step(loss)
         return {"anyflow_critic_loss": loss.detach(), "anyflow_critic_gradient": norm}
 
@@ -162,6 +163,16 @@ class OnPolicyStage:
             to_latents=layout.for_latents,
         )
         return x, steps
+
+
+def _with_sigmas(batch: Mapping[str, Any], sigma: Tensor) -> dict[str, Any]:
+    """A trainer's object is given sigmas in the shape that they have in its batch, where they are in it."""
+    return {**batch, "sigmas": sigma} if batch.get("sigmas") is None else dict(batch)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """The rank's part in the mean over the global batch: the mean of all ranks' is that, as DDP and FSDP take it."""
+    return losses.sum() * (world_size() / sum_over_ranks(losses.new_tensor(float(losses.numel()))))
 
 
 def _below(count: int, generator: torch.Generator) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import AnyFlowConfig
 from ..denoiser import Denoiser, DiffusersDenoiser
 from ..patching.unwrap import unwrap
+from ..sampling import AnyStepScheduler
 from ..streams import RandomStreams
 
 
@@ -42,6 +43,32 @@ class Roles:
 
     def teacher_through(self, model: nn.Module | None) -> Denoiser:
         return self.student_through(model) if self.student is self.teacher else self.teacher
+
+    def scheduler(self) -> Any:
+        """The scheduler that the model is sampled with, or None."""
+        if self.noise_scheduler is not None:
+            return self.noise_scheduler
+        return getattr(getattr(self.trainer, "pipeline", None), "scheduler", None)
+
+    def schedule_shift(self) -> float:
+        """The shift of the times that are drawn: the configuration's, or the scheduler's.
+
+        ValueError where neither tells: without a scheduler, or with one whose shift depends on the resolution.
+        """
+        if self.config.schedule_shift is not None:
+            return self.config.schedule_shift
+        source = self.scheduler()
+        if source is None:
+            raise ValueError(
+                f"target_mode={self.config.target_mode!r} needs schedule_shift, or a distiller with noise_scheduler="
+            )
+        scheduler = AnyStepScheduler.like(source)
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"the shift of this {type(source).__name__} depends on the resolution (use_dynamic_shifting): give "
+                "schedule_shift, which is exp(mu) of its pipeline at yours"
+            )
+        return float(scheduler.shift)
 
     def to_flow(self, prediction: Tensor) -> Tensor:
         """The velocity in a prediction: noiseward times ``flow_sign``."""

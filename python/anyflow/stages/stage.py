@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..layout import TimeLayout
@@ -48,3 +49,35 @@ def check_devices(tensors: Mapping[str, Tensor]) -> None:
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"the batch is on several devices: {devices}")
+
+
+def check_times(sigma: Tensor, r: Tensor, instantaneous: bool = False) -> None:
+    """One read of the device for all that can be wrong. Clean tokens (t = r = 0) are allowed beside noisy ones; so is
+    r = t everywhere where ``instantaneous``."""
+    tokens = sigma.ndim > 1
+    zero = (sigma == 0).flatten(1).all(1) if tokens else sigma == 0
+    clean = (sigma == 0) & (r == 0) & tokens
+    not_below = r > sigma if instantaneous else (r >= sigma) & ~clean
+    found = torch.stack(
+        [
+            (~torch.isfinite(sigma)).any(),
+            ((sigma < 0) | (sigma > 1)).any(),
+            zero.any(),
+            (~(r >= 0)).any(),
+            not_below.any(),
+        ]
+    ).tolist()
+    if not any(found):
+        return
+    not_finite, outside, at_zero, bad_r, order = found
+    values = f"sigmas {sigma.flatten().tolist()[:8]}, r {r.flatten().tolist()[:8]}"
+    if not_finite:
+        raise ValueError(f"sigmas must be finite, got {values}")
+    if outside:
+        raise ValueError(f"sigmas must be in [0, 1], got {values}")
+    if at_zero:
+        raise ValueError(f"time 0 has no interval below it, got {values}")
+    if bad_r:
+        raise ValueError(f"r must be in [0, t{']' if instantaneous else ')'}, got {values}")
+    if order:
+        raise ValueError(f"r must be {'at most' if instantaneous else 'below'} t, got {values}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters import teacher_mode
@@ -13,7 +12,7 @@ from ..layout import TimeLayout
 from ..objectives import average_velocity, linear_velocity
 from ..time import at_least_float32, sample_r
 from .roles import Roles, model_dtype
-from .stage import State, check_devices
+from .stage import State, check_devices, check_times
 
 
 class TeacherStage:
@@ -33,7 +32,7 @@ class TeacherStage:
         else:
             r = layout.for_model(at_least_float32(batch["r_sigmas"]))
         check_devices({"latents": batch["latents"], "noise": batch["noise"], "sigmas": sigma, "r_sigmas": r})
-        _check_times(sigma, r)
+        check_times(sigma, r)
         return sigma, r
 
     def prepare(
@@ -88,33 +87,3 @@ class TeacherStage:
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         pass
-
-
-def _check_times(sigma: Tensor, r: Tensor) -> None:
-    """One read of the device for all that can be wrong. Clean tokens (t = r = 0) are allowed beside noisy ones."""
-    tokens = sigma.ndim > 1
-    zero = (sigma == 0).flatten(1).all(1) if tokens else sigma == 0
-    not_below = (r >= sigma) & ~((sigma == 0) & (r == 0)) if tokens else r >= sigma
-    found = torch.stack(
-        [
-            (~torch.isfinite(sigma)).any(),
-            ((sigma < 0) | (sigma > 1)).any(),
-            zero.any(),
-            (~(r >= 0)).any(),
-            not_below.any(),
-        ]
-    ).tolist()
-    if not any(found):
-        return
-    not_finite, outside, at_zero, bad_r, order = found
-    values = f"sigmas {sigma.flatten().tolist()[:8]}, r {r.flatten().tolist()[:8]}"
-    if not_finite:
-        raise ValueError(f"sigmas must be finite, got {values}")
-    if outside:
-        raise ValueError(f"sigmas must be in [0, 1], got {values}")
-    if at_zero:
-        raise ValueError(f"time 0 has no interval below it, got {values}")
-    if bad_r:
-        raise ValueError(f"r must be in [0, t), got {values}")
-    if order:
-        raise ValueError(f"r must be below t, got {values}")
