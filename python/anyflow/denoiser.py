@@ -92,7 +92,7 @@ def _without_prompt(batch: Batch, negative: Mapping[str, Any]) -> dict[str, Any]
     """
     kept: dict[str, Any] = {}
     for key, value in batch.items():
-        if key in negative:
+        if key in negative or key == "conditioning":  # that is a bare model's
             continue
         if isinstance(value, Mapping) and key != "negative_conditioning":
             kept[key] = _without_prompt(value, {})
