@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import adapter_kinds
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import anyflow
@@ -77,7 +78,7 @@ class TestAdding:
         assert [name for name, _ in anyflow.trainable_parameters(held)] == trained
         layers = [layer for layer in bare.modules() if hasattr(layer, "_active_adapter")]
         assert [tuple(layer.active_adapters) for layer in layers] == active
-        assert list(getattr(bare, "peft_config", {})) == listed
+        assert list(bare.peft_config) == [*listed, CRITIC]
         assert critic and all(p.requires_grad and p.dtype == torch.float32 for _, p in critic)
         assert not any("delta_embedder" in name for name, _ in critic)
         assert anyflow.add_critic(held) == critic
@@ -344,6 +345,27 @@ class TestWeights:
             torch.equal(a, b)
             for (_, a), (_, b) in zip(critic_parameters(model), critic_parameters(copied), strict=True)
         )
+
+
+@pytest.mark.parametrize("wrap", ["add_adapter", "get_peft_model"])
+def test_peft_and_diffusers_save_the_student_alone(wrap: str, tmp_path: Path) -> None:
+    model = tiny_models.build(SD3)
+    anyflow.patch(model)
+    config = LoraConfig(r=2, target_modules=["to_q"])
+    held = model
+    if wrap == "add_adapter":
+        model.add_adapter(config)
+    else:
+        held = get_peft_model(model, config)
+    anyflow.add_critic(held)
+    assert not any(CRITIC in key for key in get_peft_model_state_dict(held))
+    if wrap == "add_adapter":
+        model.save_lora_adapter(tmp_path)
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+    else:
+        held.save_pretrained(tmp_path, selected_adapters=["default"])
+        path = tmp_path / "adapter_model.safetensors"
+    assert path.exists() and CRITIC.encode() not in path.read_bytes()
 
 
 class TestRefusals:

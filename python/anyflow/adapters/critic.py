@@ -27,8 +27,8 @@ def add_critic(model: nn.Module, config: Any = None, *, seed: int = 0) -> list[t
     The critic starts as the base model: its first value is that of an adapter that changes nothing. It never sits on a
     delta embedder, as it is asked for instantaneous velocities alone. Its weights are float32 in a model of any dtype:
     steps of 2e-6 would round to nothing in bfloat16. The model's other adapters, what is active and what trains, stay
-    as they are, and the model does not list the critic among its adapters (``peft_config``): trainers that save or
-    activate "all adapters" pass it by. DDP is told to leave it alone.
+    as they are. peft lists it (``peft_config``) and leaves it out where it saves another adapter, as this library does;
+    DDP is told to leave it alone.
 
     ``config``: of peft; by default that of the student's first active adapter, without its modules_to_save and biases.
     ``seed``: of its first value, equal on all ranks and independent of the global generators.
@@ -96,7 +96,6 @@ def _inject(bare: nn.Module, config: Any, seed: int) -> None:
 
     parameters = [(parameter, parameter.requires_grad) for parameter in bare.parameters()]
     layers = {id(layer): (layer._active_adapter, layer._disable_adapters) for layer in switchable(bare)}
-    listed = hasattr(bare, "peft_config")
     devices = sorted({p.device.index or 0 for p in bare.parameters() if p.device.type == "cuda"})
     with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
         warnings.filterwarnings("ignore", message=".*(exclude_modules|Already found a `peft_config`)")
@@ -111,9 +110,6 @@ def _inject(bare: nn.Module, config: Any, seed: int) -> None:
             layer._active_adapter = []
         if CRITIC in adapter_names(layer):  # dropout of a model in evaluation is off
             layer.train(_base_of(layer).training)
-    bare.peft_config.pop(CRITIC)  # type: ignore[union-attr, operator]
-    if not listed:
-        del bare.peft_config
     for _, parameter in critic_parameters(bare):
         if parameter.element_size() < 4:
             parameter.data = parameter.data.to(torch.float32)

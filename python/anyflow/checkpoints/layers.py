@@ -40,8 +40,8 @@ def check_unmerged(bare: nn.Module) -> None:
 
 
 def adapter_configs(bare: nn.Module) -> dict[str, Any]:
-    """The configuration of every adapter by its name, as JSON holds it."""
-    configs = getattr(bare, "peft_config", {})
+    """The configuration of every adapter of the student by its name, as JSON holds it."""
+    configs = {name: config for name, config in getattr(bare, "peft_config", {}).items() if name != CRITIC}
     return {name: json.loads(json.dumps(config.to_dict(), default=_plain)) for name, config in configs.items()}
 
 

@@ -82,7 +82,7 @@ class OnPolicyStage:
         x, steps = self._samples(batch, layout, levels, roles.student_through(model))
         generator = roles.streams.own()
         noise = _noise(batch, generator)
-        sigma = levels * layout.for_model(sample_uniform(_count(layout), self.shift, generator).to(levels.device))
+        sigma = _at(levels, layout, sample_uniform(_count(layout), self.shift, generator))
         base = roles.teacher_through(model)
 
         def real(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -117,10 +117,8 @@ class OnPolicyStage:
             x, _ = self._samples(batch, layout, levels, roles.student_through(model))
         generator = roles.streams.own()
         noise = _noise(batch, generator)
-        drawn = sample_logit_normal(
-            _count(layout), self.shift, config.critic_logit_mean, config.critic_logit_std, generator
-        )
-        sigma = levels * layout.for_model(drawn.to(levels.device))
+        mean, std = config.critic_logit_mean, config.critic_logit_std
+        sigma = _at(levels, layout, sample_logit_normal(_count(layout), self.shift, mean, std, generator))
         base = roles.teacher_through(model)
         called = model if roles.trainer is None else roles.trainer.get_trained_component()
         with self.critic.trained(called):
@@ -192,3 +190,9 @@ def _count(layout: TimeLayout) -> int:
 def _levels(sigma: Tensor) -> Tensor:
     """1 where sigma applies, 0 for clean frames or tokens."""
     return torch.ones_like(sigma) if sigma.ndim == 1 else (sigma > 0).to(sigma.dtype)
+
+
+def _at(levels: Tensor, layout: TimeLayout, sigma: Tensor) -> Tensor:
+    """A sigma of each sample where its levels are 1."""
+    sigma = layout.for_model(sigma.to(levels))
+    return levels * sigma.reshape(*sigma.shape, *(1,) * (levels.ndim - sigma.ndim))
