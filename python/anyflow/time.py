@@ -7,6 +7,7 @@ family's affair (``anyflow.families``).
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def _unscaled_weight(sigma: Tensor, weighting: str) -> Tensor:
     if weighting == "beta08":
         return sigma * (1 - sigma).sqrt()
     if weighting == "gaussian":
-        return torch.exp(-2 * (sigma - 0.5).square()) - torch.exp(sigma.new_tensor(-0.5))
+        return torch.expm1(2 * sigma * (1 - sigma)) * math.exp(-0.5)  # the difference, without its cancellation
     return torch.ones_like(sigma)
 
 

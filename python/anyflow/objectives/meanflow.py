@@ -23,7 +23,7 @@ class PathDerivative(NamedTuple):
     velocity: Tensor  # noise - x0, float32
     u_plus: Tensor
     u_minus: Tensor
-    gap: Tensor  # float32, in the shape of sigma
+    gap: Tensor  # float32, laid out to broadcast to x
 
 
 def central_difference(
@@ -54,7 +54,7 @@ def central_difference(
     x, x_plus, x_minus, velocity = inputs
     assert x_plus is not None
     assert x_minus is not None
-    return PathDerivative(x, velocity, u(x_plus, plus, r), u(x_minus, minus, r), gap)
+    return PathDerivative(x, velocity, u(x_plus, plus, r), u(x_minus, minus, r), to_latents(gap))
 
 
 def exact_derivative(
@@ -76,7 +76,7 @@ def exact_derivative(
     dt = (sigma > 0).to(sigma.dtype)
     dx = (to_latents(dt) * inputs.velocity).to(inputs.x.dtype)
     _, du, *_ = torch.func.jvp(lambda x, s: u(x, s, r), (inputs.x, sigma), (dx, dt))
-    return PathDerivative(inputs.x, inputs.velocity, du, torch.zeros_like(du), torch.ones_like(sigma))
+    return PathDerivative(inputs.x, inputs.velocity, du, torch.zeros_like(du), to_latents(torch.ones_like(sigma)))
 
 
 def flowmap_target(

@@ -102,7 +102,6 @@ class ForwardStage:
             uncond = roles.to_flow(student(batch, x, sigma, r, negative=True)) if guidance != 1.0 else None
 
         lay = layout.for_latents
-        derivative = derivative._replace(gap=lay(derivative.gap))
         interval, diffusion = lay(sigma - r), _per_sample(sigma == r)
         weight = self._weight(sigma, layout)
         velocity, floor = derivative.velocity, None
