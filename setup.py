@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -18,6 +19,12 @@ from setuptools.command.build_ext import build_ext
 NAME = "anyflow_kernels._C"
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+OPTIONS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),
+}
 
 
 def build_mode() -> str:
@@ -61,11 +68,10 @@ class Build(build_ext):
         command.run()
 
 
-def extension(torch: object) -> Extension:
+def extension(torch: Any) -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    instructions = "AVX2" if x86 else "DEFAULT"
+    instructions = instruction_set(torch)
     defines = [
         ("AT_PER_OPERATOR_HEADERS", None),
         ("CPU_CAPABILITY", instructions),
@@ -74,9 +80,11 @@ def extension(torch: object) -> Extension:
         ("ANYFLOW_TORCH", f'"{torch.__version__}"'),
     ]
     if os.name == "nt":
-        options = ["/O2", "/openmp"] + (["/arch:AVX2"] if x86 else [])
+        options = ["/O2", "/openmp"] + ([f"/arch:{instructions}"] if instructions in OPTIONS else [])
         return CppExtension(NAME, SOURCES, define_macros=defines, extra_compile_args=options, depends=HEADERS)
-    options = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"] + (["-mavx2", "-mfma", "-mf16c"] if x86 else [])
+    # GCC 12 takes the operand that AVX-512's intrinsics leave undefined for one that was forgotten.
+    warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+    options = ["-O3", *warnings, "-fvisibility=hidden", *OPTIONS.get(instructions, ())]
     linked = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
     if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
         options += ["-O1", "-g", "-Werror"]
@@ -93,6 +101,12 @@ def extension(torch: object) -> Extension:
     built.extra_compile_args += [f"-isystem{path}" for path in built.include_dirs]
     built.include_dirs = []
     return built
+
+
+def instruction_set(torch: Any) -> str:
+    """That of this processor, or a lesser one: ATEN_CPU_CAPABILITY=avx2, which torch obeys as well."""
+    capability = torch.backends.cpu.get_cpu_capability() if platform.machine().lower() in ("x86_64", "amd64") else ""
+    return capability if capability in OPTIONS else "DEFAULT"
 
 
 def requested() -> list[Extension]:

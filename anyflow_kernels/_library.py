@@ -59,9 +59,18 @@ _lock = threading.RLock()
 
 
 def define(
-    name: str, schema: str, *, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any] | str]
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    implementations: dict[str, Callable[..., Any] | str],
+    autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> None:
-    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one."""
+    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one.
+
+    ``autograd``: setup_context and backward, as ``torch.library.register_autograd`` takes them; for the builds without
+    the compiled one, which costs a call less.
+    """
     operator = Operator(name, implementations)
     _operators[name] = operator
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -72,6 +81,9 @@ def define(
     for device_type, key in DEVICES.items():
         if why_not("native", device_type, operator) is not None:
             LIBRARY.impl(name, _default_kernel(operator, device_type), key)
+    if autograd is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Autograd"):
+        setup_context, backward = autograd
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
@@ -162,19 +174,45 @@ def use_backend(name: str) -> Iterator[None]:
     if all(reason is not None for reason in reasons.values()):
         listed = "; ".join(sorted({f"{device_type}: {reason}" for (_, device_type), reason in reasons.items()}))
         raise RuntimeError(f"backend {name!r} cannot run here ({listed})")
-    overlay = torch.library.Library(NAMESPACE, "IMPL")
-    with _lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
-        for operator in _operators.values():
-            for device_type, key in DEVICES.items():
-                kernel = _forced_kernel(operator, name, device_type)
-                boxed = kernel is operator.implementations.get("native")  # takes the dispatch keys first
-                overlay.impl(operator.name, kernel, key, with_keyset=boxed, allow_override=True)
+    choice = [name]  # its own object: blocks of several threads end in any order
+    with _lock:
+        _forced.append(choice)
+        _lay_over()
     try:
         yield
     finally:
         with _lock:
-            overlay._destroy()
+            _forced[:] = [other for other in _forced if other is not choice]
+            _lay_over()
+
+
+_forced: list[list[str]] = []  # the blocks that are entered, the innermost last
+_overlay: list[torch.library.Library] = []  # the one of the innermost, where it is needed
+
+
+def _lay_over() -> None:
+    """Put the kernels of the innermost block over the default ones, and nothing over those that run anyway."""
+    while _overlay:
+        _overlay.pop()._destroy()
+    if not _forced:
+        return
+    (name,) = _forced[-1]
+    overlay = torch.library.Library(NAMESPACE, "IMPL")
+    _overlay.append(overlay)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
+        for operator in _operators.values():
+            for device_type, key in DEVICES.items():
+                if device_type == "cpu" and name == _runs_by_default(operator, device_type):
+                    continue
+                kernel = _forced_kernel(operator, name, device_type)
+                boxed = kernel is operator.implementations.get("native")  # takes the dispatch keys first
+                overlay.impl(operator.name, kernel, key, with_keyset=boxed, allow_override=True)
+
+
+def _runs_by_default(operator: Operator, device_type: str) -> str:
+    runs = (backend for backend in PREFERRED[device_type] if why_not(backend, device_type, operator) is None)
+    return next(runs, "reference")
 
 
 def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callable[..., Any]:
@@ -207,7 +245,7 @@ def describe() -> str:
             reasons = {backend: why_not(backend, device_type, operator) for backend in BACKENDS}
             if _native.extension is None:
                 reasons["native"] = "not loaded"
-            runs = next(backend for backend in PREFERRED[device_type] if reasons[backend] is None)
+            runs = _runs_by_default(operator, device_type)
             others = "; ".join(
                 f"{backend}: {reason or ('available' if backend != runs else '')}"
                 for backend, reason in reasons.items()
@@ -244,6 +282,18 @@ def same_device(name: str, **tensors: Tensor | None) -> torch.device:
     return first
 
 
+def floating_on_one_device(name: str, **tensors: Tensor | None) -> None:
+    """``floating`` and ``same_device`` in one pass: what every call of a small operator pays."""
+    device = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        device = device or tensor.device
+        if tensor.device != device or not tensor.is_floating_point():
+            floating(name, **tensors)
+            same_device(name, **tensors)
+
+
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 when any of the tensors is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -267,11 +317,12 @@ def constant(name: str, **tensors: Tensor | None) -> None:
 
 def same_shape(name: str, **tensors: Tensor | None) -> None:
     """ValueError that names both when a tensor has another shape than the first."""
-    shapes = {n: tuple(t.shape) for n, t in tensors.items() if t is not None}
-    (first_name, first), *others = shapes.items()
-    for other_name, other in others:
-        if other != first:
-            raise ValueError(f"{name}: {other_name} has shape {other}, {first_name} has {first}")
+    first_name, first = next(iter(tensors.items()))
+    for other_name, other in tensors.items():
+        if first is not None and other is not None and other.shape != first.shape:
+            raise ValueError(
+                f"{name}: {other_name} has shape {tuple(other.shape)}, {first_name} has {tuple(first.shape)}"
+            )
 
 
 def guidance(name: str, scale: float, uncond_name: str, uncond: Tensor | None) -> None:
@@ -280,28 +331,25 @@ def guidance(name: str, scale: float, uncond_name: str, uncond: Tensor | None) -
         raise ValueError(f"{name}: guidance_scale {scale} needs {uncond_name}")
 
 
-def rows(name: str, like: Tensor, **times: Tensor) -> list[Tensor]:
-    """The times in shapes of the rank of ``like``, which broadcast to it: a vector of one value for each sample gets
-    trailing ones. Where they differ, all take the shape that they broadcast to."""
-    shaped = [_in_rows(name, like, time_name, time) for time_name, time in times.items()]
-    if any(time.shape != shaped[0].shape for time in shaped):
-        shaped = list(torch.broadcast_tensors(*shaped))
-    return shaped
+def broadcasts(name: str, like: Tensor, **times: Tensor | None) -> None:
+    """ValueError that names the tensor when one cannot be laid over ``like``."""
+    for time_name, time in times.items():
+        if time is None or time.numel() == 1 or (time.ndim == 1 and like.ndim > 0 and time.shape[0] == like.shape[0]):
+            continue
+        if time.ndim != like.ndim or not all(s in (1, n) for s, n in zip(time.shape, like.shape, strict=True)):
+            raise ValueError(
+                f"{name}: {time_name} of shape {tuple(time.shape)} does not broadcast to {tuple(like.shape)}; "
+                f"pass one element, [{like.shape[0] if like.ndim else 1}], or {like.ndim} dimensions"
+            )
 
 
-def _in_rows(name: str, like: Tensor, time_name: str, time: Tensor) -> Tensor:
-    if time.numel() == 1:
-        shape = (1,) * like.ndim
-    elif time.ndim == 1 and like.ndim > 0 and time.shape[0] == like.shape[0]:
-        shape = (time.shape[0],) + (1,) * (like.ndim - 1)
-    elif time.ndim == like.ndim and all(s in (1, n) for s, n in zip(time.shape, like.shape, strict=True)):
-        return time
-    else:
-        raise ValueError(
-            f"{name}: {time_name} of shape {tuple(time.shape)} does not broadcast to {tuple(like.shape)}; "
-            f"pass one element, [{like.shape[0] if like.ndim else 1}], or {like.ndim} dimensions"
-        )
-    return time if time.shape == shape else time.reshape(shape)
+def over(shape: torch.Size, *times: Tensor) -> tuple[Tensor, ...]:
+    """The times with as many dimensions as ``shape``: one element, or [B] with ones behind."""
+    ones = (1,) * len(shape)
+    return tuple(
+        time if time.ndim == len(shape) else time.reshape(ones if time.numel() == 1 else (time.shape[0], *ones[1:]))
+        for time in times
+    )
 
 
 def per_sample(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 ENVIRONMENT_VARIABLE = "ANYFLOW_KERNELS_BACKEND"
+_RUNS = {"AVX2": ("DEFAULT", "AVX2"), "AVX512": ("DEFAULT", "AVX2", "AVX512")}  # what runs where
 _STAMP = re.compile(rb"anyflow_kernels built for torch ([^ \0]+) on ([^ \0]+)\0")
 
 
@@ -43,8 +44,11 @@ def _unfit(path: Path) -> str | None:
     version, instructions = (part.decode() for part in stamp.groups())
     if version != torch.__version__:
         return f"built for torch {version}, but this is torch {torch.__version__}: build it again"
-    if instructions == "AVX2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return "built for AVX2, which this processor lacks"
+    available = torch.backends.cpu.get_cpu_capability()
+    if instructions not in _RUNS.get(available, ("DEFAULT",)):
+        return (
+            f"built for {instructions}, but this processor (or ATEN_CPU_CAPABILITY) gives {available}: build it again"
+        )
     return None
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._library import over
+
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 BLOCK = 1024
 NUM_WARPS = 4
@@ -91,7 +93,8 @@ def tile(
 
 
 def rows_of(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
-    """How a tensor lies under its times, which are of one shape; and the times, one value for each row or element."""
+    """How a tensor of this shape lies under its times; and the times, one value for each row or element."""
+    times = torch.broadcast_tensors(*over(shape, *times))
     tiling = launch_config(shape, times[0].shape)
     if tiling is None:
         times = tuple(time.expand(shape) for time in times)
@@ -99,13 +102,13 @@ def rows_of(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
     return tiling, [time.contiguous() for time in times]
 
 
-def rows_of_samples(shape: torch.Size, *times: Tensor | None) -> tuple[Tiling, list[Tensor | None]]:
+def rows_of_samples(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
     """The same for one sample of many: the tiling is that of a sample, the times are those of all."""
-    given = next(time for time in times if time is not None)
-    tiling = launch_config(shape[1:], given.shape[1:])
-    rows = shape if tiling is None else (shape[0], *given.shape[1:])
+    times = torch.broadcast_tensors(*over(shape, *times))
+    tiling = launch_config(shape[1:], times[0].shape[1:])
+    rows = shape if tiling is None else (shape[0], *times[0].shape[1:])
     tiling = launch_config(shape[1:], shape[1:]) if tiling is None else tiling
-    return tiling, [None if time is None else time.expand(rows).contiguous() for time in times]
+    return tiling, [time.expand(rows).contiguous() for time in times]
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -172,13 +173,24 @@ struct Output {
   T* data;
   bool stream;
 
-  Output(T* data, bool stream) : data(data), stream(stream && reinterpret_cast<std::uintptr_t>(data) % 32 == 0) {}
+  Output(T* data, bool stream)
+      : data(data), stream(stream && reinterpret_cast<std::uintptr_t>(data) % sizeof(at::vec::Vectorized<T>) == 0) {}
   explicit operator bool() const { return data != nullptr; }
 };
 
 template <class T>
 void store_register(const at::vec::Vectorized<T>& values, T* to, [[maybe_unused]] bool stream) {
-#ifdef CPU_CAPABILITY_AVX2
+#if defined(CPU_CAPABILITY_AVX512)
+  if (stream) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm512_stream_ps(to, values);
+    } else if constexpr (std::is_same_v<T, double>) {
+      return _mm512_stream_pd(to, values);
+    } else {
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), values);
+    }
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
   if (stream) {
     if constexpr (std::is_same_v<T, float>) {
       return _mm256_stream_ps(to, values);
@@ -231,7 +243,7 @@ inline int64_t chunks_of(int64_t size) {
 }
 
 inline void drain_streams() {
-#ifdef CPU_CAPABILITY_AVX2
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   _mm_sfence();
 #endif
 }

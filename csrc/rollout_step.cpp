@@ -8,6 +8,18 @@
 namespace anyflow {
 namespace {
 
+// With as many dimensions as x: one element, or [B] with ones behind.
+Tensor over(at::IntArrayRef shape, const Tensor& time) {
+  if (time.dim() == int64_t(shape.size())) {
+    return time;
+  }
+  std::vector<int64_t> sizes(shape.size(), 1);
+  if (time.numel() != 1) {
+    sizes[0] = time.size(0);
+  }
+  return time.reshape(sizes);
+}
+
 // The times under x: rows of `inner` elements share one. Where rows would be shorter than a vector, every element has
 // its own.
 struct Times {
@@ -16,9 +28,10 @@ struct Times {
 
   Times(at::IntArrayRef shape, const Tensor& sigma, const Tensor& sigma_next, const Tensor& weight, ScalarType dtype) {
     constexpr int64_t shortest = 2 * Lanes<float>::size;
+    const Tensor laid = over(shape, sigma);
     inner = 1;
     int64_t kept = int64_t(shape.size());
-    while (kept > 0 && sigma.size(kept - 1) == 1) {
+    while (kept > 0 && laid.size(kept - 1) == 1) {
       inner *= shape[--kept];
     }
     if (inner < shortest && kept > 0) {
@@ -27,7 +40,8 @@ struct Times {
     }
     std::vector<int64_t> rows(shape.begin(), shape.end());
     std::fill(rows.begin() + kept, rows.end(), 1);
-    const auto in_rows = [&](const Tensor& time) {
+    const auto in_rows = [&](const Tensor& given) {
+      const Tensor time = over(shape, given);
       return ready(time.sizes() == at::IntArrayRef(rows) ? time : time.expand(rows), dtype);
     };
     this->sigma = in_rows(sigma);

@@ -60,12 +60,11 @@ def dmd_gradient(
         "uncond_real_velocity": uncond_real_velocity,
     }
     _library.same_shape("dmd_gradient", x=x, **constants)
-    _library.floating("dmd_gradient", x=x, sigma=sigma, **constants)
-    _library.same_device("dmd_gradient", x=x, sigma=sigma, **constants)
+    _library.floating_on_one_device("dmd_gradient", x=x, sigma=sigma, **constants)
     _library.constant("dmd_gradient", sigma=sigma, **constants)
+    _library.broadcasts("dmd_gradient", x, sigma=sigma)
     _library.refuse_forward_ad("dmd_gradient", x, sigma, *constants.values())
-    (rows,) = _library.rows("dmd_gradient", x, sigma=sigma)
-    return torch.ops.anyflow_kernels.dmd_gradient.default(x, rows, *constants.values(), float(guidance_scale), sign)
+    return torch.ops.anyflow_kernels.dmd_gradient.default(x, sigma, *constants.values(), float(guidance_scale), sign)
 
 
 def _fake(
@@ -89,24 +88,6 @@ def _backward_fake(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> T
     return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-_library.define(
-    "dmd_gradient",
-    "(Tensor x, Tensor sigma, Tensor x_sigma, Tensor real_velocity, Tensor fake_velocity, "
-    "Tensor? uncond_real_velocity, float guidance_scale, int sign) -> (Tensor, Tensor)",
-    fake=_fake,
-    implementations={"reference": reference.dmd_gradient, "triton": f"{__name__}.kernels:dmd_gradient"},
-)
-_library.define(
-    "dmd_gradient_backward",
-    "(Tensor grad_loss, Tensor gradient, ScalarType dtype) -> Tensor",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.dmd_gradient_backward,
-        "triton": f"{__name__}.kernels:dmd_gradient_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
@@ -118,6 +99,20 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
     return torch.ops.anyflow_kernels.dmd_gradient_backward.default(grad_loss, gradient, ctx.dtype), *(None,) * 7
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::dmd_gradient", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_library.define(
+    "dmd_gradient",
+    "(Tensor x, Tensor sigma, Tensor x_sigma, Tensor real_velocity, Tensor fake_velocity, "
+    "Tensor? uncond_real_velocity, float guidance_scale, int sign) -> (Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.dmd_gradient, "triton": f"{__name__}.kernels:dmd_gradient"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "dmd_gradient_backward",
+    "(Tensor grad_loss, Tensor gradient, ScalarType dtype) -> Tensor",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.dmd_gradient_backward,
+        "triton": f"{__name__}.kernels:dmd_gradient_backward",
+    },
 )

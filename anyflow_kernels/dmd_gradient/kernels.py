@@ -80,7 +80,7 @@ def _dmd_gradient_sums_kernel(
         count = tl.full((), 1, tl.int64) * row_count * inner
         normaliser = add_partials(partial_ptr + first, programs, ACCUMULATE) / count
         size = add_partials(square_partial_ptr + first, programs, ACCUMULATE) / count / normaliser / normaliser
-        usable = (normaliser > 0) & (normaliser < float("inf")) & (size < float("inf"))
+        usable = size < float("inf")  # nor is it where the normaliser is zero; an infinite one makes zeros by itself
         tl.store(loss_ptr + sample, tl.where(usable, 0.5 * size, 0.0))
         tl.store(normaliser_ptr + sample, tl.where(usable, normaliser, 0.0))
 
@@ -183,7 +183,7 @@ def dmd_gradient_backward(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtyp
     shape = gradient.shape
     grad_x = torch.empty(shape, dtype=dtype, device=gradient.device)
     if grad_x.numel() > 0:
-        tiling, _ = rows_of_samples(shape, grad_loss.view(-1, *(1,) * (len(shape) - 1)))
+        tiling, _ = rows_of_samples(shape, grad_loss)
         _dmd_gradient_bwd_kernel[(shape[0] * tiling.programs,)](
             grad_x,
             grad_loss.contiguous(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import accumulation_dtype, per_sample
+from .._library import accumulation_dtype, over, per_sample
 
 
 def dmd_gradient(
@@ -19,7 +19,7 @@ def dmd_gradient(
     sign: int,
 ) -> tuple[Tensor, Tensor]:
     accumulate = accumulation_dtype(x, x_sigma, real_velocity)
-    x, sigma = x.to(accumulate), sigma.to(accumulate)
+    x, (sigma,) = x.to(accumulate), over(x.shape, sigma.to(accumulate))
     real, fake = real_velocity.to(accumulate), fake_velocity.to(accumulate)
     if uncond_real_velocity is not None:
         uncond = uncond_real_velocity.to(accumulate)
@@ -32,7 +32,7 @@ def dmd_gradient(
     count = max(1, per_sample(x).shape[1])
     normaliser = per_sample(distance).sum(1) / count
     size = per_sample(square).sum(1) / count / normaliser / normaliser
-    usable = (normaliser > 0) & normaliser.isfinite() & size.isfinite()
+    usable = normaliser.isfinite() & size.isfinite()  # of which the second is not where the normaliser is zero
 
     rows = (-1,) + (1,) * (x.ndim - 1)
     gradient = torch.where(usable.view(rows), difference / normaliser.view(rows), 0).detach().contiguous()

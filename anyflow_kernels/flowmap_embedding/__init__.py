@@ -152,30 +152,6 @@ def _backward_fake(grad: Tensor, grad_silu: Tensor | None, t: Tensor, r: Tensor,
     )
 
 
-_TIMES_AND_WEIGHTS = (
-    "Tensor t, Tensor r, Tensor base_weight_1, Tensor? base_bias_1, Tensor base_weight_2, Tensor? base_bias_2, "
-    "Tensor delta_weight_1, Tensor? delta_bias_1, Tensor delta_weight_2, Tensor? delta_bias_2, Tensor gate, "
-    "int num_channels, bool flip_sin_to_cos, float downscale_freq_shift, float scale, float max_period, "
-    "float time_scale, str deltatime_type"
-)
-_library.define(
-    "flowmap_embedding",
-    f"({_TIMES_AND_WEIGHTS}, bool with_silu) -> (Tensor, Tensor)",
-    fake=_fake,
-    implementations={"reference": reference.flowmap_embedding, "triton": f"{__name__}.kernels:flowmap_embedding"},
-)
-_library.define(
-    "flowmap_embedding_backward",
-    f"(Tensor grad, Tensor? grad_silu, {_TIMES_AND_WEIGHTS}, bool need_base, bool need_delta, bool need_gate) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.flowmap_embedding_backward,
-        "triton": f"{__name__}.kernels:flowmap_embedding_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:11])
     ctx.options, ctx.with_silu = inputs[11:18], inputs[18]
@@ -196,6 +172,26 @@ def _backward(ctx: Any, grad: Tensor, grad_silu: Tensor) -> tuple[Tensor | None,
     return (None, None, *kept, *(None,) * 8)
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::flowmap_embedding", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_TIMES_AND_WEIGHTS = (
+    "Tensor t, Tensor r, Tensor base_weight_1, Tensor? base_bias_1, Tensor base_weight_2, Tensor? base_bias_2, "
+    "Tensor delta_weight_1, Tensor? delta_bias_1, Tensor delta_weight_2, Tensor? delta_bias_2, Tensor gate, "
+    "int num_channels, bool flip_sin_to_cos, float downscale_freq_shift, float scale, float max_period, "
+    "float time_scale, str deltatime_type"
+)
+_library.define(
+    "flowmap_embedding",
+    f"({_TIMES_AND_WEIGHTS}, bool with_silu) -> (Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.flowmap_embedding, "triton": f"{__name__}.kernels:flowmap_embedding"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "flowmap_embedding_backward",
+    f"(Tensor grad, Tensor? grad_silu, {_TIMES_AND_WEIGHTS}, bool need_base, bool need_delta, bool need_gate) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.flowmap_embedding_backward,
+        "triton": f"{__name__}.kernels:flowmap_embedding_backward",
+    },
 )

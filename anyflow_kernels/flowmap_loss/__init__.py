@@ -67,18 +67,16 @@ def flowmap_loss(
     if prediction.ndim == 0:
         raise ValueError("flowmap_loss: prediction has no batch dimension")
     _library.same_shape("flowmap_loss", prediction=prediction, **constants)
-    _library.floating("flowmap_loss", prediction=prediction, **constants, **times)
-    _library.same_device("flowmap_loss", prediction=prediction, **constants, **times)
+    _library.floating_on_one_device("flowmap_loss", prediction=prediction, **constants, **times)
     _library.constant("flowmap_loss", **constants, **times)
+    _library.broadcasts("flowmap_loss", prediction, **times)
     _library.refuse_forward_ad("flowmap_loss", prediction, *constants.values(), *times.values())
-    given = {name: value for name, value in times.items() if value is not None}
-    rows = dict(zip(given, _library.rows("flowmap_loss", prediction, **given), strict=True))
     loss, unweighted, _ = torch.ops.anyflow_kernels.flowmap_loss.default(
         prediction,
         *constants.values(),
-        rows.get("interval"),
-        rows.get("gap"),
-        rows["weight"],
+        interval,
+        gap,
+        weight,
         float(guidance_scale),
         sign,
         prediction.requires_grad and torch.is_grad_enabled(),
@@ -119,26 +117,6 @@ def _backward_fake(
     return torch.empty_like(residual, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-_library.define(
-    "flowmap_loss",
-    "(Tensor prediction, Tensor target_velocity, Tensor? uncond_prediction, Tensor? u_plus, Tensor? u_minus, "
-    "Tensor? interval, Tensor? gap, Tensor weight, float guidance_scale, int sign, bool need_residual) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_fake,
-    implementations={"reference": reference.flowmap_loss, "triton": f"{__name__}.kernels:flowmap_loss"},
-)
-_library.define(
-    "flowmap_loss_backward",
-    "(Tensor grad_loss, Tensor grad_unweighted, Tensor residual, Tensor weight, float guidance_scale, int sign, "
-    "ScalarType dtype) -> Tensor",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.flowmap_loss_backward,
-        "triton": f"{__name__}.kernels:flowmap_loss_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     prediction, *_, weight, guidance_scale, sign, _ = inputs
     ctx.save_for_backward(output[2], weight)
@@ -154,6 +132,22 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_unweighted: Tensor, _: Tensor) -
     return grad, *(None,) * 10
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::flowmap_loss", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_library.define(
+    "flowmap_loss",
+    "(Tensor prediction, Tensor target_velocity, Tensor? uncond_prediction, Tensor? u_plus, Tensor? u_minus, "
+    "Tensor? interval, Tensor? gap, Tensor weight, float guidance_scale, int sign, bool need_residual) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.flowmap_loss, "triton": f"{__name__}.kernels:flowmap_loss"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "flowmap_loss_backward",
+    "(Tensor grad_loss, Tensor grad_unweighted, Tensor residual, Tensor weight, float guidance_scale, int sign, "
+    "ScalarType dtype) -> Tensor",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.flowmap_loss_backward,
+        "triton": f"{__name__}.kernels:flowmap_loss_backward",
+    },
 )

@@ -124,7 +124,8 @@ def flowmap_loss(
         return loss, unweighted, residual
     loss = torch.empty(shape[0], dtype=accumulate, device=device)
     unweighted = torch.empty(shape[0], dtype=accumulate, device=device)
-    tiling, rows = rows_of_samples(shape, interval, gap, weight)
+    times = [time for time in (interval, gap, weight) if time is not None]
+    tiling, rows = rows_of_samples(shape, *times)
     programs = shape[0] * tiling.programs
     _flowmap_loss_fwd_kernel[(programs,)](
         loss,
@@ -135,6 +136,7 @@ def flowmap_loss(
         prediction.contiguous(),
         target_velocity.contiguous(),
         *(None if u is None else u.contiguous() for u in (uncond_prediction, u_plus, u_minus)),
+        *[None] * (3 - len(rows)),
         *rows,
         1 / guidance_scale,
         (guidance_scale - 1) / guidance_scale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import accumulation_dtype, per_sample
+from .._library import accumulation_dtype, over, per_sample
 
 
 def flowmap_loss(
@@ -27,14 +27,15 @@ def flowmap_loss(
         p = (p + (guidance_scale - 1) * uncond_prediction.to(accumulate)) / guidance_scale
     residual = sign * p - target_velocity.to(accumulate)
     if u_plus is not None and u_minus is not None and interval is not None and gap is not None:
-        interval, gap = interval.to(accumulate), gap.to(accumulate)
+        interval, gap = over(prediction.shape, interval.to(accumulate), gap.to(accumulate))
         derivative = sign * (u_plus.to(accumulate) - u_minus.to(accumulate)) / gap
         residual = residual + torch.where(interval == 0, 0, interval * derivative / guidance_scale)
     residual = residual.contiguous()
     square = residual.square()
     count = max(1, per_sample(square).shape[1])
     unweighted = per_sample(square).sum(1) / count
-    loss = per_sample(weight.to(accumulate) * square).sum(1) / count
+    (weight,) = over(square.shape, weight.to(accumulate))
+    loss = per_sample(weight * square).sum(1) / count
     return loss, unweighted, residual if need_residual else residual.new_empty(0)
 
 
@@ -48,6 +49,7 @@ def flowmap_loss_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     rows = (-1,) + (1,) * (residual.ndim - 1)
-    factor = weight.to(residual.dtype) * grad_loss.view(rows) + grad_unweighted.view(rows)
+    (weight,) = over(residual.shape, weight.to(residual.dtype))
+    factor = weight * grad_loss.view(rows) + grad_unweighted.view(rows)
     factor = factor * (2 * sign / guidance_scale / max(1, per_sample(residual).shape[1]))
     return (factor * residual).to(dtype).contiguous()

@@ -36,8 +36,7 @@ def gate_blend(base: Tensor, delta: Tensor, gate: Tensor) -> Tensor:
         )
     if gate.numel() != 1:
         raise ValueError(f"gate_blend: gate must have one element, got shape {tuple(gate.shape)}")
-    _library.floating("gate_blend", base=base, delta=delta, gate=gate)
-    _library.same_device("gate_blend", base=base, delta=delta, gate=gate)
+    _library.floating_on_one_device("gate_blend", base=base, delta=delta, gate=gate)
     _library.refuse_forward_ad("gate_blend", base, delta, gate)
     return torch.ops.anyflow_kernels.gate_blend.default(base, delta, gate)
 
@@ -57,23 +56,6 @@ def _backward_fake(
     )
 
 
-_library.define(
-    "gate_blend",
-    "(Tensor base, Tensor delta, Tensor gate) -> Tensor",
-    fake=_fake,
-    implementations={"reference": reference.gate_blend, "triton": f"{__name__}.kernels:gate_blend"},
-)
-_library.define(
-    "gate_blend_backward",
-    "(Tensor grad, Tensor base, Tensor delta, Tensor gate, bool need_gate) -> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.gate_blend_backward,
-        "triton": f"{__name__}.kernels:gate_blend_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -84,6 +66,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::gate_blend", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_library.define(
+    "gate_blend",
+    "(Tensor base, Tensor delta, Tensor gate) -> Tensor",
+    fake=_fake,
+    implementations={"reference": reference.gate_blend, "triton": f"{__name__}.kernels:gate_blend"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "gate_blend_backward",
+    "(Tensor grad, Tensor base, Tensor delta, Tensor gate, bool need_gate) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.gate_blend_backward,
+        "triton": f"{__name__}.kernels:gate_blend_backward",
+    },
 )

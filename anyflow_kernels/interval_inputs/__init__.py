@@ -51,20 +51,13 @@ def interval_inputs(
     if (sigma_plus is None) != (sigma_minus is None):
         raise ValueError("interval_inputs: sigma_plus and sigma_minus go together, one of them is None")
     sigmas = {"sigma": sigma, "sigma_plus": sigma_plus, "sigma_minus": sigma_minus}
-    given = {name: value for name, value in sigmas.items() if value is not None}
     _library.same_shape("interval_inputs", x0=x0, noise=noise)
-    _library.floating("interval_inputs", x0=x0, noise=noise, **sigmas)
-    _library.same_device("interval_inputs", x0=x0, noise=noise, **sigmas)
+    _library.floating_on_one_device("interval_inputs", x0=x0, noise=noise, **sigmas)
     _library.constant("interval_inputs", **sigmas)
-    _library.refuse_forward_ad("interval_inputs", x0, noise, *given.values())
-    rows = dict(zip(given, _library.rows("interval_inputs", x0, **given), strict=True))
+    _library.broadcasts("interval_inputs", x0, **sigmas)
+    _library.refuse_forward_ad("interval_inputs", x0, noise, *sigmas.values())
     x, x_plus, x_minus, velocity = torch.ops.anyflow_kernels.interval_inputs.default(
-        x0,
-        noise,
-        rows["sigma"],
-        rows.get("sigma_plus"),
-        rows.get("sigma_minus"),
-        x0.dtype if model_dtype is None else model_dtype,
+        x0, noise, sigma, sigma_plus, sigma_minus, x0.dtype if model_dtype is None else model_dtype
     )
     if sigma_plus is None:
         return IntervalInputs(x, None, None, velocity)
@@ -104,25 +97,6 @@ def _backward_fake(
     )
 
 
-_library.define(
-    "interval_inputs",
-    "(Tensor x0, Tensor noise, Tensor sigma, Tensor? sigma_plus, Tensor? sigma_minus, ScalarType model_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    implementations={"reference": reference.interval_inputs, "triton": f"{__name__}.kernels:interval_inputs"},
-)
-_library.define(
-    "interval_inputs_backward",
-    "(Tensor grad_x, Tensor? grad_plus, Tensor? grad_minus, Tensor grad_velocity, Tensor sigma, Tensor? sigma_plus, "
-    "Tensor? sigma_minus, ScalarType x0_dtype, ScalarType noise_dtype) -> (Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.interval_inputs_backward,
-        "triton": f"{__name__}.kernels:interval_inputs_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x0, noise, sigma, sigma_plus, sigma_minus, _ = inputs
     ctx.save_for_backward(sigma, sigma_plus, sigma_minus)
@@ -146,6 +120,21 @@ def _backward(
     return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:2], strict=True)), *(None,) * 4)
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::interval_inputs", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_library.define(
+    "interval_inputs",
+    "(Tensor x0, Tensor noise, Tensor sigma, Tensor? sigma_plus, Tensor? sigma_minus, ScalarType model_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.interval_inputs, "triton": f"{__name__}.kernels:interval_inputs"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "interval_inputs_backward",
+    "(Tensor grad_x, Tensor? grad_plus, Tensor? grad_minus, Tensor grad_velocity, Tensor sigma, Tensor? sigma_plus, "
+    "Tensor? sigma_minus, ScalarType x0_dtype, ScalarType noise_dtype) -> (Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.interval_inputs_backward,
+        "triton": f"{__name__}.kernels:interval_inputs_backward",
+    },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import accumulation_dtype
+from .._library import accumulation_dtype, over
 
 
 def interval_inputs(
@@ -22,7 +22,7 @@ def interval_inputs(
     def at(s: Tensor | None) -> Tensor:
         if s is None:
             return x0.new_empty(0, dtype=model_dtype)
-        s = s.to(accumulate)
+        (s,) = over(x0.shape, s.to(accumulate))
         return ((1 - s) * x0 + s * noise).to(model_dtype).contiguous()
 
     return at(sigma), at(sigma_plus), at(sigma_minus), (noise - x0).contiguous()
@@ -44,7 +44,7 @@ def interval_inputs_backward(
     grad_x0 = -grad_velocity
     for grad, s in ((grad_x, sigma), (grad_plus, sigma_plus), (grad_minus, sigma_minus)):
         if grad is not None and s is not None:
-            g, s = grad.to(accumulate), s.to(accumulate)
+            g, (s,) = grad.to(accumulate), over(grad.shape, s.to(accumulate))
             grad_x0 = grad_x0 + (1 - s) * g
             grad_noise = grad_noise + s * g
     return grad_x0.to(x0_dtype).contiguous(), grad_noise.to(noise_dtype).contiguous()

@@ -62,20 +62,29 @@ def rollout_step(
     _library.same_shape("rollout_step", x=x, average=average, velocity=velocity, uncond_velocity=uncond_velocity)
     if sign not in (1, -1):
         raise ValueError(f"rollout_step: sign must be 1 or -1, got {sign!r}")
-    tensors = {"x": x, "average": average, "velocity": velocity, "uncond_velocity": uncond_velocity}
-    times = {"sigma": sigma, "sigma_next": sigma_next, "weight": weight}
-    _library.floating("rollout_step", **tensors, **times)
-    _library.same_device("rollout_step", **tensors, **times)
-    _library.same_shape("rollout_step", **times)
-    _library.constant("rollout_step", **times)
-    _library.refuse_forward_ad("rollout_step", *tensors.values(), *times.values())
+    _library.same_shape("rollout_step", sigma=sigma, sigma_next=sigma_next, weight=weight)
+    _library.floating_on_one_device(
+        "rollout_step",
+        x=x,
+        average=average,
+        velocity=velocity,
+        uncond_velocity=uncond_velocity,
+        sigma=sigma,
+        sigma_next=sigma_next,
+        weight=weight,
+    )
+    _library.constant("rollout_step", sigma=sigma, sigma_next=sigma_next, weight=weight)
+    _library.refuse_forward_ad("rollout_step", x, average, velocity, uncond_velocity, sigma, sigma_next, weight)
+    _library.broadcasts("rollout_step", x, sigma=sigma)
     model_dtype = velocity.dtype if model_dtype is None else model_dtype
     new_x, new_average, model_input, model_time = torch.ops.anyflow_kernels.rollout_step.default(
         x,
         average,
         velocity,
         uncond_velocity,
-        *_library.rows("rollout_step", x, **times),
+        sigma,
+        sigma_next,
+        weight,
         float(guidance_scale),
         sign,
         float(time_scale),
@@ -89,7 +98,7 @@ def rollout_step(
         model_input = new_x
     if model_time.requires_grad:
         model_time = model_time.detach()
-    return RolloutState(new_x, new_average, model_input, model_time.view(sigma.shape))
+    return RolloutState(new_x, new_average, model_input, model_time)
 
 
 def _fake(
@@ -140,27 +149,6 @@ def _backward_fake(
     )
 
 
-_library.define(
-    "rollout_step",
-    "(Tensor x, Tensor? average, Tensor velocity, Tensor? uncond_velocity, Tensor sigma, Tensor sigma_next, "
-    "Tensor weight, float guidance_scale, int sign, float time_scale, float time_offset, ScalarType model_dtype, "
-    "bool last) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    implementations={"reference": reference.rollout_step, "triton": f"{__name__}.kernels:rollout_step"},
-)
-_library.define(
-    "rollout_step_backward",
-    "(Tensor? grad_x, Tensor? grad_average, Tensor? grad_input, Tensor velocity, Tensor? uncond_velocity, "
-    "Tensor sigma, Tensor sigma_next, Tensor weight, float guidance_scale, int sign, ScalarType x_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.rollout_step_backward,
-        "triton": f"{__name__}.kernels:rollout_step_backward",
-    },
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, average, velocity, uncond_velocity, sigma, sigma_next, weight, guidance_scale, sign = inputs[:9]
     ctx.save_for_backward(velocity, uncond_velocity, sigma, sigma_next, weight)
@@ -195,6 +183,23 @@ def _backward(ctx: Any, grad_x: Tensor, grad_average: Tensor, grad_input: Tensor
     )
 
 
-torch.library.register_autograd(
-    "anyflow_kernels::rollout_step", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+_library.define(
+    "rollout_step",
+    "(Tensor x, Tensor? average, Tensor velocity, Tensor? uncond_velocity, Tensor sigma, Tensor sigma_next, "
+    "Tensor weight, float guidance_scale, int sign, float time_scale, float time_offset, ScalarType model_dtype, "
+    "bool last) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.rollout_step, "triton": f"{__name__}.kernels:rollout_step"},
+    autograd=(_setup_context, _backward),
+)
+_library.define(
+    "rollout_step_backward",
+    "(Tensor? grad_x, Tensor? grad_average, Tensor? grad_input, Tensor velocity, Tensor? uncond_velocity, "
+    "Tensor sigma, Tensor sigma_next, Tensor weight, float guidance_scale, int sign, ScalarType x_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.rollout_step_backward,
+        "triton": f"{__name__}.kernels:rollout_step_backward",
+    },
 )

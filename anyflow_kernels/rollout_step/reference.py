@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import accumulation_dtype
+from .._library import accumulation_dtype, over
 
 
 def rollout_step(
@@ -24,6 +24,8 @@ def rollout_step(
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     accumulate = accumulation_dtype(x, velocity)
+    model_time = (time_scale * sigma_next + time_offset).contiguous()
+    sigma, sigma_next, weight = over(x.shape, sigma, sigma_next, weight)
     v = velocity.to(accumulate)
     if uncond_velocity is not None:
         v_u = uncond_velocity.to(accumulate)
@@ -38,7 +40,6 @@ def rollout_step(
     step = sigma_next.to(accumulate) - sigma.to(accumulate)
     new_x = (x.to(accumulate) + step * v).contiguous()
     model_input = new_x.to(model_dtype) if model_dtype != accumulate else x.new_empty(0, dtype=model_dtype)
-    model_time = (time_scale * sigma_next + time_offset).contiguous()
     return new_x, new_average, model_input, model_time
 
 
@@ -58,6 +59,7 @@ def rollout_step_backward(
     """The step is linear in x and the velocities: gradients need only the coefficients."""
     given = [g for g in (grad_x, grad_average, grad_input) if g is not None]
     accumulate = torch.promote_types(accumulation_dtype(velocity, *given), torch.float32)
+    sigma, sigma_next, weight = over(velocity.shape, sigma, sigma_next, weight)
     zero = velocity.new_zeros((), dtype=accumulate)
     dx = sum((g.to(accumulate) for g in (grad_x, grad_input) if g is not None), zero)
     dv = (sigma_next.to(accumulate) - sigma.to(accumulate)) * dx

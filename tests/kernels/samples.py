@@ -273,8 +273,7 @@ def _interval_inputs(
         return *(x if exact else x.to(model_dtype) for x in inputs), noise - x0
 
     def raw(x0, noise, sigma, sigma_plus=None, sigma_minus=None) -> tuple[Any, ...]:
-        rows = (None if s is None else _rows(s, size) for s in (sigma, sigma_plus, sigma_minus))
-        return (x0, noise, *rows, model_dtype)
+        return (x0, noise, sigma, sigma_plus, sigma_minus, model_dtype)
 
     return Sample(tensors, run, formula, raw, terms=4)
 
@@ -329,16 +328,9 @@ def _flowmap_loss(
         return (_rows(weight, size) * square).reshape(samples).mean(1), square.reshape(samples).mean(1)
 
     def raw(prediction, target_velocity, weight, **others) -> tuple[Any, ...]:
-        names = ("uncond_prediction", "u_plus", "u_minus")
-        rows = (others.get(name) for name in ("interval", "gap"))
-        return (
-            prediction,
-            target_velocity,
-            *(others.get(name) for name in names),
-            *(None if time is None else _rows(time, size) for time in (*rows, weight)),
-            *options.values(),
-            prediction.requires_grad,
-        )
+        names = ("uncond_prediction", "u_plus", "u_minus", "interval", "gap")
+        optional = (others.get(name) for name in names)
+        return (prediction, target_velocity, *optional, weight, *options.values(), prediction.requires_grad)
 
     return Sample(tensors, run, formula, raw, terms=math.prod(size[1:]))
 
@@ -381,7 +373,7 @@ def _dmd_gradient(
 
     def raw(x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity=None) -> tuple[Any, ...]:
         constants = (x_sigma, real_velocity, fake_velocity, uncond_real_velocity)
-        return (x, _rows(sigma, size), *constants, *options.values())
+        return (x, sigma, *constants, *options.values())
 
     return Sample(tensors, run, formula, raw, terms=math.prod(size[1:]))
 
