@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import add_critic, base_mode, critic_parameters, frozen
 from .config import AnyFlowConfig
-from .distributed import average_gradients, is_sharded, placed, whole
+from .distributed import average_gradients, is_sharded, sharded_like, whole
 from .patching.names import CRITIC
 from .patching.unwrap import unwrap
 
@@ -141,11 +141,11 @@ class Critic:
             raise ValueError(f"the checkpoint holds another critic; missing, unexpected or misshapen: {unfit}")
         state = self.optimizer.state
         for name, parameter in own.items():
-            parameter.copy_(placed(weights[name], parameter))
+            parameter.copy_(sharded_like(weights[name], parameter))
             state.pop(parameter, None)
             if name in moments:
                 state[parameter] = {
-                    kind: value.clone() if value.ndim == 0 else placed(value, parameter)
+                    kind: value.clone() if value.ndim == 0 else sharded_like(value, parameter)
                     for kind, value in moments[name].items()
                 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import GradientCheck, check_base, has_adapter, lycoris_layers, random_parameters
 from .checkpoints import load_student, read, save_student, student_state, write_tensors
 from .config import AnyFlowConfig
+from .critic import Critic
 from .denoiser import Denoiser, DiffusersDenoiser, TrainerDenoiser, spec_of
 from .families import FamilySpec
 from .layout import TimeLayout, prediction_of, velocity_part
@@ -182,6 +183,11 @@ class AnyFlowDistiller:
                 trained += [(f"{path}.{name}", parameter) for name, parameter in delta.named_parameters()]
         return trained
 
+    @property
+    def critic(self) -> Critic | None:
+        """The fake score of the on-policy stage: its parameters and its optimizer, which the distiller steps itself."""
+        return getattr(self._stage, "critic", None)
+
     def _always_reached(self) -> list[tuple[str, nn.Parameter]]:
         """What has a gradient after every backward: not what LyCORIS drops at random."""
         dropped = random_parameters(self.lycoris)
@@ -289,7 +295,8 @@ class AnyFlowDistiller:
         return AnyStepScheduler.like(source, [self.student.bare])
 
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
-        """Write the student and the position in the random stream to ``directory``. One rank is enough to call it."""
+        """Write the student, the position in the random streams and what the stage trains besides (the critic and its
+        optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all have to."""
         save_student(self.student.bare, directory, lycoris=self.lycoris)
         tensors, metadata = self._stage.state()
         metadata |= {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws)}

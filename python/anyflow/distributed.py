@@ -82,7 +82,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, laid out as ``like``: its device, its shards."""
     if not is_sharded(like):
         return tensor.to(like.device, copy=True)
