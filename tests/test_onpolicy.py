@@ -456,6 +456,41 @@ class TestTrainers:
         distiller.training_step(protocol.batch_for(SD3), Wrapper())
         assert calls == len(spy.calls)
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointing(self, reentrant: bool) -> None:
+        """The critic trains although all inputs of the blocks are frozen; the student's gradients are the same."""
+        gradients = []
+        for checkpointing in (False, True):
+            model, distiller = make()
+            if checkpointing:
+
+                def checkpoint(function: Any, *arguments: Any) -> Any:
+                    return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=reentrant)
+
+                model.enable_gradient_checkpointing(checkpoint)
+            model.train()
+            before = weights(model)
+            batch = {**protocol.batch_for(SD3), "r_sigmas": torch.tensor([0.3, 0.0])}
+            batch["conditioning"]["encoder_hidden_states"].requires_grad_()  # re-entrant: the trainer's own affair
+            loss, _ = distiller.training_step(batch)
+            loss.backward()
+            assert any(not torch.equal(before[name], p) for name, p in critic_parameters(model))
+            gradients.append([p.grad for _, p in distiller.trainable_parameters()])
+        for a, b in zip(*gradients, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+
+    def test_reentrant_checkpointing_of_frozen_inputs_trains_the_critic(self) -> None:
+        model, distiller = make()
+
+        def checkpoint(function: Any, *arguments: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=True)
+
+        model.enable_gradient_checkpointing(checkpoint)
+        model.train()
+        before = weights(model)
+        distiller.prepare_batch(protocol.batch_for(SD3))
+        assert any(not torch.equal(before[name], p) for name, p in critic_parameters(model))
+
     @pytest.mark.parametrize("kind", ["dora", "peft lokr", "saved delta", "embedders", "two adapters, both active"])
     def test_other_adapters(self, kind: str) -> None:
         held, _ = adapter_kinds.student(SD3, kind)
