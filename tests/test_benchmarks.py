@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import anyflow
 import anyflow_kernels
-from benchmarks import end_to_end, measure
+from benchmarks import derivative_precision, end_to_end, measure
 from benchmarks.bench_operators import MODES, Bench
 from benchmarks.operators import CASES, cases
 
@@ -198,3 +199,17 @@ def test_inspection_writes_its_report(tmp_path: Path) -> None:
         assert 1 <= entry["operator_moved_over_floor"] <= limit, entry
         if elementwise:
             assert entry["operator_launches"] == 1 and entry["occupancy"] >= 0.5
+
+
+def test_the_precision_of_a_derivative() -> None:
+    """docs/recipes.md: bfloat16 leaves little of a trained network's difference, float32 forwards all of it."""
+    model, inputs = derivative_precision.digits()
+    anyflow.patch(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = derivative_precision.rounded(tensor.data)
+    exact, _ = derivative_precision.differences(model, inputs, "float64", 0.005)
+    errors = {
+        precision: (derivative_precision.differences(model, inputs, precision, 0.005)[0] - exact).norm() / exact.norm()
+        for precision in ("bf16", "autocast", "float32")
+    }
+    assert errors["bf16"] > 0.5 and errors["autocast"] > 0.5 and errors["float32"] < 1e-3

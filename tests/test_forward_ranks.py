@@ -24,7 +24,7 @@ def launch(folder: Path, *jobs: str) -> None:
     """Two ranks with batches of 3 and 1."""
     (folder / "store").unlink(missing_ok=True)
     path = os.pathsep.join([str(SCRIPT.parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(rank), "3,1", str(folder), *jobs],
