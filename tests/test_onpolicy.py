@@ -130,7 +130,9 @@ class TestGeneratorStep:
     @pytest.mark.parametrize("guidance", [1.0, 2.5])
     def test_loss_and_gradients_are_those_of_the_formulas(self, guidance: float, seen: Seen) -> None:
         """The student in plain PyTorch, the base as a stock model, the critic as a stock LoRA."""
-        model, distiller = make(real_guidance_scale=guidance, dmd_weight=0.7, critic_steps_per_generator_step=0)
+        model, distiller = make(
+            real_guidance_scale=guidance, dmd_weight=0.7, loss_weight=2.0, critic_steps_per_generator_step=0
+        )
         negative = protocol.batch_for(SD3, seed=5)["conditioning"]
         batch = {**protocol.batch_for(SD3), "r_sigmas": torch.tensor([0.3, 0.0]), "negative_conditioning": negative}
         loss, _ = distiller.training_step(batch)
@@ -164,7 +166,7 @@ class TestGeneratorStep:
             x0_real, x0_fake = x_s - s * v_real, x_s - s * ask(critic, x_s, level, positive)
             scale = (x - x0_real).abs().mean((1, 2, 3)).view(column)
             target = x - (x0_fake - x0_real) / scale
-        expected = forward + 0.7 * 0.5 * (x - target).square().mean()
+        expected = 2 * (forward + 0.7 * 0.5 * (x - target).square().mean())
         expected.backward()
 
         # float32 networks on both sides, from states that differ by roundings.
