@@ -8,6 +8,7 @@ when it cannot build.
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 NAME = "anyflow_kernels._C"
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
@@ -37,11 +39,27 @@ def build_mode() -> str:
 def missing() -> str | None:
     """What the build lacks, as far as can be seen without importing torch."""
     if importlib.util.find_spec("torch") is None:
-        return "torch is not installed here (pip install --no-build-isolation uses that of the environment)"
+        return "the build saw no torch (pip install --no-build-isolation shows it that of the environment)"
     compiler = os.environ.get("CXX", "c++" if os.name == "posix" else "cl").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
     return None
+
+
+def leave_word(command: build_py | build_ext, reason: str | None) -> None:
+    """Of why there is no library, where it would be: pip shows nothing of a build that succeeds, describe() does."""
+    in_place = command.editable_mode or getattr(command, "inplace", False)
+    note = Path("" if in_place else command.build_lib, "anyflow_kernels", "_C.txt")
+    note.unlink(missing_ok=True)
+    if reason is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(reason + "\n")
+
+
+class Python(build_py):
+    def run(self) -> None:
+        super().run()
+        leave_word(self, NOT_REQUESTED)
 
 
 class Build(build_ext):
@@ -50,10 +68,13 @@ class Build(build_ext):
     def run(self) -> None:
         try:
             self._build()
+            leave_word(self, None)
         except (Exception, SystemExit) as error:
             if build_mode() == "1":
                 raise
-            print(f"anyflow_kernels: the C++ kernels were not built: {type(error).__name__}: {error}", file=sys.stderr)
+            reason = f"{type(error).__name__}: {error}"
+            print(f"anyflow_kernels: the C++ kernels were not built: {reason}", file=sys.stderr)
+            leave_word(self, f"the build failed, pip install -v shows how ({reason.splitlines()[0]})")
             self.extensions = self.distribution.ext_modules = []
 
     def _build(self) -> None:
@@ -78,12 +99,13 @@ def extension(torch: Any) -> Extension:
         (f"CPU_CAPABILITY_{instructions}", None),
         ("ANYFLOW_CPU", f'"{instructions}"'),
         ("ANYFLOW_TORCH", f'"{torch.__version__}"'),
+        ("ANYFLOW_SCHEMAS", f'"{schemas()}"'),
     ]
     if os.name == "nt":
         options = ["/O2", "/openmp"] + ([f"/arch:{instructions}"] if instructions in OPTIONS else [])
         return CppExtension(NAME, SOURCES, define_macros=defines, extra_compile_args=options, depends=HEADERS)
     # GCC 12 takes the operand that AVX-512's intrinsics leave undefined for one that was forgotten.
-    warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+    warnings = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     options = ["-O3", *warnings, "-fvisibility=hidden", *OPTIONS.get(instructions, ())]
     linked = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
     if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
@@ -109,16 +131,27 @@ def instruction_set(torch: Any) -> str:
     return capability if capability in OPTIONS else "DEFAULT"
 
 
-def requested() -> list[Extension]:
+def schemas() -> str:
+    """What anyflow_kernels/_native.py calls the schemas for which its kernels are written."""
+    (found,) = re.findall(r'^SCHEMAS = "(\w+)"$', Path("anyflow_kernels/_native.py").read_text(), flags=re.MULTILINE)
+    return str(found)
+
+
+def not_requested() -> str | None:
+    """Why no extension is to be built; None when one is."""
     if build_mode() == "0":
-        return []
+        return "ANYFLOW_BUILD_EXT=0"
     lacking = missing()
-    if lacking is None:
-        return [Extension(NAME, SOURCES, depends=HEADERS)]
-    if build_mode() == "1":
-        sys.exit(f"ANYFLOW_BUILD_EXT=1: {lacking}")
-    print(f"anyflow_kernels: the C++ kernels are not built: {lacking}", file=sys.stderr)
-    return []
+    if lacking is not None:
+        if build_mode() == "1":
+            sys.exit(f"ANYFLOW_BUILD_EXT=1: {lacking}")
+        print(f"anyflow_kernels: the C++ kernels are not built: {lacking}", file=sys.stderr)
+    return lacking
 
 
-setup(ext_modules=requested(), cmdclass={"build_ext": Build})
+NOT_REQUESTED = not_requested()
+
+setup(
+    ext_modules=[] if NOT_REQUESTED else [Extension(NAME, SOURCES, depends=HEADERS)],
+    cmdclass={"build_py": Python, "build_ext": Build},
+)

@@ -3,9 +3,10 @@
 
 namespace {
 
-// Read from the file before it is loaded: a library made for another torch, or for instructions that this processor
-// lacks, may not survive loading.
-[[gnu::used]] constexpr char STAMP[] = "anyflow_kernels built for torch " ANYFLOW_TORCH " on " ANYFLOW_CPU;
+// Read from the file before it is loaded: a library made for another torch, for instructions that this processor lacks,
+// or for other schemas may not survive loading.
+[[gnu::used]] constexpr char STAMP[] =
+    "anyflow_kernels built for torch " ANYFLOW_TORCH " on " ANYFLOW_CPU " with schemas " ANYFLOW_SCHEMAS;
 
 } // namespace
 

@@ -526,6 +526,9 @@ def test_a_step_of_the_forward_stage(name: str) -> None:
     assert loss.isfinite() and 0 < logs["anyflow_interval"] < 1
     for key, parameter in anyflow.delta_parameters(student):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+    drawn = distiller.prepare_batch({key: value for key, value in batch.items() if key != "r_sigmas"})
+    sigma, r = drawn["anyflow_sigmas"], drawn["anyflow_r_sigmas"]
+    assert drawn["target"].isfinite().all() and ((r >= 0) & (r <= sigma) & (sigma <= 1)).all()
     if name in WHOLE_TIMES:
         with pytest.raises(ValueError, match=r"derivative='jvp'.*central_difference"):
             anyflow.AnyFlowDistiller(student, config={**common, "derivative": "jvp"})

@@ -210,6 +210,10 @@ class AnyFlowDistiller:
         ``target``, the average velocity in the model's own sign, float32, and the same object as ``flow_target``;
         ``anyflow_r_timesteps`` (= flowmap_r_timesteps) and ``anyflow_timestep_interval`` (sigma_t - sigma_r).
 
+        With ``target_mode`` "meanflow" the pair (t, r) is drawn here, for all ranks at once: every rank has to call it.
+        ``sigmas`` are not needed; where they are times of frames or tokens, those that are 0 stay so. They, the
+        ``noisy_latents`` and the ``timesteps`` are replaced. ``negative_conditioning`` is needed for a guidance.
+
         Raises ValueError that names the missing key or the offending value: NaN sigmas, sigmas outside [0, 1], time 0,
         r >= t, wrong shapes, tensors on several devices.
         """
@@ -242,12 +246,13 @@ class AnyFlowDistiller:
     def compute_distill_loss(
         self, prepared_batch: Mapping[str, Any], model_output: Any, original_loss: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = loss_weight mean (u_theta(x_t, t, r) - u)^2, in float32 whatever the autocast.
+        """L = loss_weight mean (u_theta(x_t, t, r) - u)^2, in float32 whatever the autocast; of "meanflow" the weighted
+        and balanced loss of ``anyflow.stages.ForwardStage``, whose mean over the ranks is that of the global batch.
 
         ``model_output``: the prediction, a dict with ``model_prediction``, or a diffusers output. ``original_loss`` is
         the trainer's own; the loss returned here takes its place.
         Logs, detached 0-d tensors: ``anyflow_loss``, and the means of sigma_t, sigma_r and their difference as
-        ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``.
+        ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``; of "meanflow" also those of docs/recipes.md.
 
         Raises ValueError when the prediction has another shape than the target; RuntimeError when a trainer's model has
         not been given ``flowmap_r_timesteps`` since ``prepare_batch``, so that r would never be learned.
