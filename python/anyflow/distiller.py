@@ -100,9 +100,7 @@ class AnyFlowDistiller:
                 stacklevel=2,
             )
         self.streams = RandomStreams(self.config.seed, dp_rank=dp_rank, dp_size=dp_size, mesh=mesh)
-        critic = None if critic_model is None else DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
-        if critic is not None and critic.bare in (self.teacher.bare, self.student.bare):
-            raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
+        critic = None if critic_model is None else self._critic_of(critic_model)
         self._roles = Roles(
             self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler, critic
         )
@@ -129,6 +127,16 @@ class AnyFlowDistiller:
                 f"{spec.time_offset}; a scale alone cannot replace that"
             )
         return dataclasses.replace(spec, time_scale=scale)
+
+    def _critic_of(self, critic_model: nn.Module) -> Denoiser:
+        critic = DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
+        if self.config.target_mode != "onpolicy":
+            raise ValueError(f"target_mode={self.config.target_mode!r} has no critic_model")
+        if self.trainer is not None:
+            raise ValueError("a trainer's object calls its own network: leave critic_model out, and add_critic to that")
+        if critic.bare in (self.teacher.bare, self.student.bare):
+            raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
+        return critic
 
     def _check_student(self, student: nn.Module) -> None:
         """Whatever would train wrongly without a word is refused here."""

@@ -120,8 +120,7 @@ class OnPolicyStage:
         mean, std = config.critic_logit_mean, config.critic_logit_std
         sigma = _at(levels, layout, sample_logit_normal(_count(layout), self.shift, mean, std, generator))
         base = roles.teacher_through(model)
-        called = model if roles.trainer is None else roles.trainer.get_trained_component()
-        with self.critic.trained(called):
+        with self.critic.trained(roles.called(base)):
             losses = fake_score_loss(
                 x,
                 noise,
@@ -152,9 +151,12 @@ class OnPolicyStage:
         steps = budgets[_below(len(budgets), shared)]
         path = simulation_path(steps, _below(steps, shared), self.shift)
         noise = _noise(batch, self.roles.streams.own())
+        start = torch.where(layout.for_latents(levels) > 0, noise, batch["latents"])
+        if torch.is_grad_enabled():
+            start.requires_grad_()  # or re-entrant checkpointing cuts the first jump off
         x = backward_simulation(
             lambda x, t, r: self.roles.to_flow(student(batch, x, t, r)),
-            torch.where(layout.for_latents(levels) > 0, noise, batch["latents"]),
+            start,
             [levels * s for s in path],
             sign=self.roles.flow_sign(student),
             model_dtype=model_dtype(student.bare),
