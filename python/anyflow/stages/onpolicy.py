@@ -151,12 +151,9 @@ class OnPolicyStage:
         steps = budgets[_below(len(budgets), shared)]
         path = simulation_path(steps, _below(steps, shared), self.shift)
         noise = _noise(batch, self.roles.streams.own())
-        start = torch.where(layout.for_latents(levels) > 0, noise, batch["latents"])
-        if torch.is_grad_enabled():
-            start.requires_grad_()  # or re-entrant checkpointing cuts the first jump off
         x = backward_simulation(
             lambda x, t, r: self.roles.to_flow(student(batch, x, t, r)),
-            start,
+            torch.where(layout.for_latents(levels) > 0, noise, batch["latents"]),
             [levels * s for s in path],
             sign=self.roles.flow_sign(student),
             model_dtype=model_dtype(student.bare),
