@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 BENCH ?= runs/bench
 FULL ?=
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
 .PHONY: install test large lint demo bench bench-gpu inspect sanitize clean
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from setuptools.command.build_py import build_py
 NAME = "anyflow_kernels._C"
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+CUDA_SOURCES = sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(kind))
+CUDA_HEADERS = sorted(str(path) for kind in ("*.h", "*.cuh") for path in Path("csrc/cuda").glob(kind))
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")  # those of them that nvcc knows, unless TORCH_CUDA_ARCH_LIST is set
 
 
 OPTIONS = {
@@ -65,9 +69,17 @@ class Python(build_py):
 class Build(build_ext):
     """Hands over to torch's own command, which is found only now."""
 
+    tried_cuda = False
+
     def run(self) -> None:
         try:
-            self._build()
+            try:
+                self._build(cuda=True)
+            except (Exception, SystemExit) as error:
+                if build_mode() == "1" or not self.tried_cuda:
+                    raise
+                print(f"anyflow_kernels: the CUDA kernels were not built: {error}", file=sys.stderr)
+                self._build(cuda=False)
             leave_word(self, None)
         except (Exception, SystemExit) as error:
             if build_mode() == "1":
@@ -77,11 +89,12 @@ class Build(build_ext):
             leave_word(self, f"the build failed, pip install -v shows how ({reason.splitlines()[0]})")
             self.extensions = self.distribution.ext_modules = []
 
-    def _build(self) -> None:
+    def _build(self, cuda: bool) -> None:
         import torch
         from torch.utils.cpp_extension import BuildExtension
 
-        self.distribution.ext_modules = [extension(torch)]
+        self.tried_cuda = cuda and torch.version.cuda is not None
+        self.distribution.ext_modules = [extension(torch, cuda_flags(torch) if self.tried_cuda else [])]
         command = BuildExtension(self.distribution)
         for option in ("inplace", "editable_mode", "build_lib", "build_temp", "debug", "parallel", "plat_name"):
             setattr(command, option, getattr(self, option))
@@ -89,8 +102,9 @@ class Build(build_ext):
         command.run()
 
 
-def extension(torch: Any) -> Extension:
-    from torch.utils.cpp_extension import CppExtension
+def extension(torch: Any, cuda: list[str]) -> Extension:
+    """``cuda``: the architectures, as flags of nvcc; empty: without the CUDA kernels."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     instructions = instruction_set(torch)
     defines = [
@@ -111,18 +125,43 @@ def extension(torch: Any) -> Extension:
     if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
         options += ["-O1", "-g", "-Werror"]
         linked += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    built = CppExtension(
+    if cuda:
+        names = re.findall(r",code=(\w+)", " ".join(cuda))
+        defines.append(("ANYFLOW_CUDA", f'"{" ".join(names)}"'))
+    built = (CUDAExtension if cuda else CppExtension)(
         NAME,
-        SOURCES,
+        SOURCES + (CUDA_SOURCES if cuda else []),
         define_macros=defines,
-        extra_compile_args=options + linked,
+        extra_compile_args={"cxx": options + linked, "nvcc": ["-O3", *cuda]},
         extra_link_args=linked,
-        depends=HEADERS,
+        depends=HEADERS + (CUDA_HEADERS if cuda else []),
     )
     # torch's headers do not meet -Wextra: system headers are not warned about.
-    built.extra_compile_args += [f"-isystem{path}" for path in built.include_dirs]
+    built.extra_compile_args["cxx"] += [f"-isystem{path}" for path in built.include_dirs]
+    built.extra_compile_args["nvcc"] += [f"-I{path}" for path in built.include_dirs]
     built.include_dirs = []
     return built
+
+
+def cuda_flags(torch: Any) -> list[str]:
+    """Empty, and said, where there is no toolkit that fits torch's CUDA."""
+    from torch.utils.cpp_extension import CUDA_HOME, _get_cuda_arch_flags
+
+    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME or "", "bin"))
+    lacking = f"torch is built for CUDA {torch.version.cuda}"
+    if nvcc is None:
+        lacking += ", but there is no toolkit of it (nvcc; CUDA_HOME says where)"
+    else:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        version = ".".join(re.findall(r"release (\d+)\.(\d+)", said)[0])
+        if version.split(".")[0] == torch.version.cuda.split(".")[0]:
+            known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+            listed = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(listed) + "+PTX")
+            return _get_cuda_arch_flags()
+        lacking += f", but nvcc is of CUDA {version}"
+    print(f"anyflow_kernels: no CUDA kernels, only those for the CPU: {lacking}", file=sys.stderr)
+    return []
 
 
 def instruction_set(torch: Any) -> str:

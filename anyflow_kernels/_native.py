@@ -9,6 +9,7 @@ import re
 import struct
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ ENVIRONMENT_VARIABLE = "ANYFLOW_KERNELS_BACKEND"
 _RUNS = {"AVX2": ("DEFAULT", "AVX2"), "AVX512": ("DEFAULT", "AVX2", "AVX512")}  # what runs where
 # A digest of all operators' schemas. A library whose kernels have other signatures would raise when the operators are
 # defined, and once loaded it stays. setup.py reads this line; tests/kernels/test_native.py knows what it has to be.
-SCHEMAS = "5e57c15d"
+SCHEMAS = "074f7c58"
 _STAMP = re.compile(rb"anyflow_kernels built for torch ([^ \0]+) on ([^ \0]+) with schemas ([^ \0]+)\0")
 
 
@@ -80,4 +81,28 @@ def _cut_short(content: bytes) -> bool:
     return False
 
 
+def why_not_on_this_gpu() -> str | None:
+    """Why the CUDA kernels cannot run on the GPUs of this machine; None when they can."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(_fits(architecture, capability) for architecture in extension.cuda_architectures):
+            compiled = ", ".join(extension.cuda_architectures)
+            return f"compiled for {compiled}, but GPU {index} has compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def _fits(architecture: str, capability: tuple[int, int]) -> bool:
+    """Machine code ("sm_80") runs on its generation from that member on, PTX ("compute_90") on all that are not older,
+    either with a letter ("sm_90a") on that very one."""
+    kind, number = architecture.split("_")
+    digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
+    made_for = (int(digits[:-1]), int(digits[-1]))
+    if digits != number:
+        return capability == made_for
+    return capability >= made_for and (kind == "compute" or capability[0] == made_for[0])
+
+
+extension: Any
 extension, about = load()

@@ -76,7 +76,9 @@ def test_every_operator_and_direction_is_reported(suite: tuple[Path, dict[str, A
             assert found["ratio_to_eager"].keys() == found["ratio_to_compile"].keys() == found["ms"].keys() == TIMES
             assert found["ratio_to_copy"].keys() == TIMES
             assert found["ms"]["median"] > 0 and found["gb_per_s"] > 0 and found["share_of_copy_bandwidth"] > 0
-            assert found["launches"] >= 1 and found["peak_bytes"] > 0, name
+            assert found["launches"] >= 1, name
+            # A compiled backward may write into what the forward kept, and allocates nothing.
+            assert found["peak_bytes"] > 0 or (name, result["mode"]) == ("torch.compile", "backward"), name
             # Inductor and the floor agree on what must be moved; nothing moves less.
             assert found["bytes_over_floor"] >= 0.99, (result["operator"], result["mode"], name)
         assert result["variants"]["eager"]["ratio_to_eager"]["median"] == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -29,9 +30,9 @@ SEVERAL_CHUNKS: dict[str, dict[str, Any]] = {
     "gate_blend": {"size": (3, 40009)},
     "rollout_step": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
     "flowmap_embedding": {"rows": (35,), "channels": 130, "hidden": (260, 390), "width": 267},
-    "interval_inputs": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
-    "flowmap_loss": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
-    "dmd_gradient": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
+    "interval_inputs": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
+    "flowmap_loss": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
+    "dmd_gradient": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
 }
 
 
@@ -299,6 +300,86 @@ def test_what_cannot_be_built(source: Path, how: dict[str, str], message: str) -
     assert _built(source) == []
     done = _setup(source, "build", ANYFLOW_BUILD_EXT="1", **how)
     assert done.returncode != 0
+
+
+# As if this torch were built for CUDA 13: its own says "cpu" when there is no version.
+CUDA_TORCH = (
+    "import torch; torch.version.cuda = '13.0'; import torch.utils.cpp_extension as tools; tools.CUDA_HOME = {home!r}"
+)
+
+
+def _cuda_sources(source: Path) -> None:
+    """One kernel, one file of C++, in the place of csrc/cuda."""
+    (source / "csrc" / "cuda").mkdir()
+    (source / "csrc" / "cuda" / "one.cu").write_text("__global__ void one(float* x) { x[threadIdx.x] = 1; }\n")
+    (source / "csrc" / "cuda" / "one_operator.cpp").write_text("int one_operator() { return 1; }\n")
+
+
+TOOLKITS = {
+    "no toolkit": (None, "torch is built for CUDA 13.0, but there is no toolkit of it (nvcc; CUDA_HOME says where)"),
+    "another toolkit": ("12.8", "torch is built for CUDA 13.0, but nvcc is of CUDA 12.8"),
+    "a broken toolkit": ("13.0", "the CUDA kernels were not built: "),
+}
+
+
+@needs_extension
+@pytest.mark.skipif(os.name != "posix", reason="nvcc is replaced by a script")
+@pytest.mark.parametrize(("version", "message"), TOOLKITS.values(), ids=TOOLKITS)
+def test_without_a_fitting_toolkit_the_cpu_kernels_are_built(source: Path, version: str | None, message: str) -> None:
+    _cuda_sources(source)
+    nvcc = source / "toolkit" / "bin" / "nvcc"
+    if version is not None:
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(
+            "#!/bin/sh\n"
+            f"test $1 = --version && echo 'Cuda compilation tools, release {version}, V{version}.88' && exit\n"
+            "test $1 = --list-gpu-arch && echo compute_80 && exit\n"
+            "exit 1\n"
+        )
+        nvcc.chmod(0o755)
+    home = None if version is None else str(source / "toolkit")
+    done = _setup(source, "build_ext", "--inplace", prelude=CUDA_TORCH.format(home=home), ANYFLOW_BUILD_EXT="auto")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("anyflow_kernels:")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    (library,) = (source / "anyflow_kernels").glob("_C.*")
+    assert _native._unfit(library) is None
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_with_a_toolkit_the_cuda_kernels_are_built(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the libraries of a CUDA torch, in whose place empty ones are linked."""
+    _cuda_sources(source)
+    stubs = source / "stubs"
+    stubs.mkdir()
+    for name in ("c10_cuda", "torch_cuda", "cudart"):
+        (stubs / "empty.cpp").write_text("")
+        subprocess.run(["c++", "-shared", stubs / "empty.cpp", "-o", stubs / f"lib{name}.so"], check=True)
+    home = str(Path(os.path.realpath(shutil.which("nvcc"))).parents[1])
+    release = re.search(
+        r"release (\S+),", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    )[1]
+    prelude = CUDA_TORCH.format(home=home).replace("13.0", release)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for listed, expected in ((None, b"sm_80"), ("8.6", b"sm_86")):
+        environment = {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}
+        done = _setup(
+            source,
+            "build_ext",
+            "--inplace",
+            "--force",
+            prelude=prelude,
+            ANYFLOW_BUILD_EXT="1",
+            LIBRARY_PATH=str(stubs),
+            **environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (library,) = (source / "anyflow_kernels").glob("_C.*")
+        names = re.search(rb"\0((?:(?:sm|compute)_\d+ ?)+)\0", library.read_bytes())[1].split()
+        assert expected in names
+        assert (b"sm_90" in names) == (listed is None)
+        assert b"one_operator" in library.read_bytes()
 
 
 def test_a_wrong_mode_is_named(source: Path) -> None:
