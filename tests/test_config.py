@@ -30,6 +30,17 @@ DEFAULTS = {
     "meanflow_weight_type": "beta08",
     "meanflow_adaptive_weighting": True,
     "diffusion_target": "flow",
+    "onpolicy_forward": "meanflow",
+    "simulation_steps": (2, 4, 8, 16, 50),
+    "dmd_weight": 1.0,
+    "real_guidance_scale": 1.0,
+    "critic_steps_per_generator_step": 1,
+    "critic_learning_rate": 2e-6,
+    "critic_betas": (0.0, 0.999),
+    "critic_weight_decay": 0.0,
+    "critic_max_grad_norm": 1.0,
+    "critic_logit_mean": 0.0,
+    "critic_logit_std": 1.0,
 }
 
 
@@ -58,6 +69,22 @@ def test_defaults_and_round_trip() -> None:
         ("loss_weight", -1),
         ("timestep_scale", 0),
         ("seed", -1),
+        ("onpolicy_forward", "onpolicy"),
+        ("simulation_steps", ()),
+        ("simulation_steps", (2, 0)),
+        ("simulation_steps", 4),
+        ("simulation_steps", (2, 4.0)),
+        ("dmd_weight", -1.0),
+        ("real_guidance_scale", float("nan")),
+        ("critic_steps_per_generator_step", -1),
+        ("critic_steps_per_generator_step", 1.0),
+        ("critic_learning_rate", -1e-6),
+        ("critic_betas", (0.0, 1.0)),
+        ("critic_betas", (0.9,)),
+        ("critic_weight_decay", -0.1),
+        ("critic_max_grad_norm", 0.0),
+        ("critic_logit_mean", float("inf")),
+        ("critic_logit_std", 0.0),
         ("diffusion_ratio", 1.5),
         ("consistency_ratio", -0.1),
         ("consistency_ratio", 0.75),
@@ -88,3 +115,15 @@ def test_base_prediction_has_its_own_guidance() -> None:
 def test_unknown_key_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"rollout_steps=4.*teacher_rollout_steps"):
         AnyFlowConfig.from_dict({"rollout_steps": 4})
+
+
+def test_lists_are_tuples() -> None:
+    """JSON and YAML have no tuples."""
+    config = AnyFlowConfig.from_dict({"simulation_steps": [1, 2], "critic_betas": [0, 0.9]})
+    assert config.simulation_steps == (1, 2) and config.critic_betas == (0, 0.9)
+
+
+def test_the_forward_loss_of_each_mode() -> None:
+    assert AnyFlowConfig(target_mode="linear").forward_mode == "linear"
+    assert AnyFlowConfig(target_mode="onpolicy").forward_mode == "meanflow"
+    assert AnyFlowConfig(target_mode="onpolicy", onpolicy_forward="online_teacher").forward_mode == "online_teacher"

@@ -1,6 +1,6 @@
 """Any-step flow maps from the flow-matching models of diffusers."""
 
-from .adapters import lora_targets
+from .adapters import add_critic, lora_targets
 from .checkpoints import convert, export_lora, export_pipeline, load_student, save_student
 from .config import AnyFlowConfig
 from .distiller import AnyFlowDistiller
@@ -15,6 +15,7 @@ __all__ = [
     "EmbedderSite",
     "FamilySpec",
     "FlowMapPatch",
+    "add_critic",
     "any_step",
     "convert",
     "delta_parameters",

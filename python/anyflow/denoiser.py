@@ -10,6 +10,7 @@ of further time arguments (``audio_timestep``) stands 1 for each entry at the sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -80,12 +81,39 @@ def _at_levels(sigma: Tensor, levels: Tensor | None) -> Tensor:
     return highest.reshape(-1, *(1,) * (levels.ndim - 1)) * levels
 
 
+# Names under which trainers keep what was made of a prompt.
+_PROMPT = re.compile(r"prompt|text|caption|pooled|encoder|attention_mask")
+
+
+def _without_prompt(batch: Batch, negative: Mapping[str, Any]) -> dict[str, Any]:
+    """``batch`` without the tensors of its prompt: those that ``negative`` replaces, and masks that it does not need.
+
+    Raises ValueError for others: they would make the unconditional prediction a conditional one.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in batch.items():
+        if key in negative or key == "conditioning":  # that is a bare model's
+            continue
+        if isinstance(value, Mapping) and key != "negative_conditioning":
+            kept[key] = _without_prompt(value, {})
+        elif not _is_of_prompt(key, value):
+            kept[key] = value
+        elif not key.endswith("mask"):
+            raise ValueError(f"{key} of the batch is the positive prompt's: negative_conditioning must give its own")
+    return kept
+
+
+def _is_of_prompt(key: str, value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(_PROMPT.search(key)) and any(isinstance(one, Tensor) for one in values)
+
+
 class TrainerDenoiser:
     """``trainer.model_predict(batch)`` with the latents, sigmas and timesteps of the batch replaced.
 
     r goes in as ``flowmap_r_timesteps``, which the trainer hands to its model as ``r_timestep``; without r the key is
-    absent. ``negative`` lays ``batch["negative_conditioning"]`` over the batch. Sigmas keep the shape that they have
-    in the batch.
+    absent. ``negative`` lays ``batch["negative_conditioning"]`` over the batch, in which no tensor of the positive
+    prompt is left. Sigmas keep the shape that they have in the batch.
     """
 
     def __init__(self, trainer: Any, bare: nn.Module, spec: FamilySpec) -> None:
@@ -94,7 +122,7 @@ class TrainerDenoiser:
     def __call__(self, batch: Batch, x: Tensor, sigma: Tensor, r: Tensor | None, *, negative: bool = False) -> Tensor:
         changed = {key: value for key, value in batch.items() if key != "flowmap_r_timesteps"}
         if negative:
-            changed |= batch["negative_conditioning"]
+            changed = _without_prompt(changed, batch["negative_conditioning"]) | batch["negative_conditioning"]
         given = batch["sigmas"]
         changed["sigmas"] = sigma.reshape(given.shape) if given.numel() == sigma.numel() else sigma
         changed |= {"noisy_latents": x, "timesteps": self.spec.model_time(sigma)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import GradientCheck, check_base, has_adapter, lycoris_layers, random_parameters
 from .checkpoints import load_student, read, save_student, student_state, write_tensors
 from .config import AnyFlowConfig
+from .critic import Critic
 from .denoiser import Denoiser, DiffusersDenoiser, TrainerDenoiser, spec_of
 from .families import FamilySpec
 from .layout import TimeLayout, prediction_of, velocity_part
@@ -39,6 +40,9 @@ class AnyFlowDistiller:
         are not flow-matching.
     ``config``: an ``AnyFlowConfig`` or a dict of its keys.
     ``lycoris``: the LyCORIS network applied to the student, if there is one; by default what a trainer's object has.
+    ``critic_model``: for ``target_mode="onpolicy"``, a whole network that is trained as the fake score; by default an
+        adapter on the teacher's (``anyflow.add_critic``). The teacher's network starts it: a copy, with trained weights
+        of its own.
     ``mesh``: the torch ``DeviceMesh`` of a run in which ranks share samples (context or tensor parallel); or
         ``dp_rank`` and ``dp_size``, this rank's number among those whose samples differ. By default all differ.
 
@@ -64,6 +68,7 @@ class AnyFlowDistiller:
         dp_rank: int | None = None,
         dp_size: int | None = None,
         mesh: Any = None,
+        critic_model: nn.Module | None = None,
     ) -> None:
         if isinstance(config, AnyFlowConfig):
             defaults = AnyFlowConfig().to_dict()
@@ -88,15 +93,16 @@ class AnyFlowDistiller:
             self.teacher if student_model is None else DiffusersDenoiser(student, self._spec(unwrap(student)))
         )
         self._check_student(student)
-        if self.config.target_mode == "online_teacher" and self.config.teacher_rollout_steps == 1:
+        if self.config.forward_mode == "online_teacher" and self.config.teacher_rollout_steps == 1:
             warnings.warn(
                 "teacher_rollout_steps=1: one Euler step makes the target the teacher's own velocity, whatever r is; "
                 "use 4 or more",
                 stacklevel=2,
             )
         self.streams = RandomStreams(self.config.seed, dp_rank=dp_rank, dp_size=dp_size, mesh=mesh)
+        critic = None if critic_model is None else self._critic_of(critic_model)
         self._roles = Roles(
-            self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler
+            self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler, critic
         )
         self._stage = make_stage(self._roles)
         self._gradients = GradientCheck()
@@ -121,6 +127,16 @@ class AnyFlowDistiller:
                 f"{spec.time_offset}; a scale alone cannot replace that"
             )
         return dataclasses.replace(spec, time_scale=scale)
+
+    def _critic_of(self, critic_model: nn.Module) -> Denoiser:
+        critic = DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
+        if self.config.target_mode != "onpolicy":
+            raise ValueError(f"target_mode={self.config.target_mode!r} has no critic_model")
+        if self.trainer is not None:
+            raise ValueError("a trainer's object calls its own network: leave critic_model out, and add_critic to that")
+        if critic.bare in (self.teacher.bare, self.student.bare):
+            raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
+        return critic
 
     def _check_student(self, student: nn.Module) -> None:
         """Whatever would train wrongly without a word is refused here."""
@@ -174,6 +190,11 @@ class AnyFlowDistiller:
             if not adapted:
                 trained += [(f"{path}.{name}", parameter) for name, parameter in delta.named_parameters()]
         return trained
+
+    @property
+    def critic(self) -> Critic | None:
+        """The fake score of the on-policy stage: its parameters and its optimizer, which the distiller steps itself."""
+        return getattr(self._stage, "critic", None)
 
     def _always_reached(self) -> list[tuple[str, nn.Parameter]]:
         """What has a gradient after every backward: not what LyCORIS drops at random."""
@@ -287,7 +308,8 @@ class AnyFlowDistiller:
         return AnyStepScheduler.like(source, [self.student.bare])
 
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
-        """Write the student and the position in the random stream to ``directory``. One rank is enough to call it."""
+        """Write the student, the position in the random streams and what the stage trains besides (the critic and its
+        optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all have to."""
         save_student(self.student.bare, directory, lycoris=self.lycoris)
         tensors, metadata = self._stage.state()
         metadata |= {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws)}
@@ -311,7 +333,7 @@ class AnyFlowDistiller:
 def _needs_teacher(config: AnyFlowConfig) -> bool:
     if config.target_mode == "meanflow":
         return config.diffusion_target == "base_prediction"
-    return config.target_mode == "online_teacher"
+    return config.target_mode in ("online_teacher", "onpolicy")
 
 
 def _refuse_other_than_flow(trainer: Any, noise_scheduler: Any) -> None:

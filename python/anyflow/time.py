@@ -64,6 +64,18 @@ def sample_r(
     return (1 - min_interval_ratio) * sigma * u.reshape(-1, *(1,) * (sigma.ndim - 1))
 
 
+def sample_uniform(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` sigmas, u uniform in [0, 1) and shifted once; float32, on the generator's device."""
+    u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float32)
+    return shift_sigma(u, shift)
+
+
+def sample_logit_normal(count: int, shift: float, mean: float, std: float, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` sigmas, logit(u) normal(mean, std) and shifted once (Esser et al. 2024); float32, as above."""
+    normal = torch.randn(count, generator=generator, device=generator.device, dtype=torch.float32)
+    return shift_sigma(torch.sigmoid(mean + std * normal), shift)
+
+
 def sample_intervals(
     count: int,
     diffusion_ratio: float,

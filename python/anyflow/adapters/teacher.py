@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..patching.names import CRITIC, of_critic
 from .lycoris import lycoris_layers, lycoris_off
 
 # Initialisations of peft's LoRA that take the adapter's first value out of the base weights.
@@ -27,16 +28,22 @@ def teacher_mode(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
     Raises RuntimeError when an adapter is merged into the base weights: then there is no base model to run; and when a
     backward of the student runs inside: checkpointed blocks would be recomputed without the adapter.
     """
+    with base_mode(*modules, lycoris=lycoris), frozen(*modules, lycoris=lycoris):
+        yield
+
+
+@contextmanager
+def base_mode(*modules: nn.Module, adapter: str | None = None, lycoris: Any = None) -> Iterator[None]:
+    """``teacher_mode`` without evaluation mode, and with gradients: the base model, and ``adapter`` alone on it, where
+    a layer has it."""
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_adapters_off(module))
+            stack.enter_context(_only_adapter(module, adapter))
             stack.enter_context(lycoris_off(module, lycoris))
-            stack.enter_context(_evaluation_mode(module))
             stack.enter_context(_unscheduled(module))
             stack.enter_context(_no_backward(module))
         if isinstance(lycoris, nn.Module):
             stack.enter_context(_no_backward(lycoris))
-        stack.enter_context(torch.no_grad())
         yield
 
 
@@ -55,10 +62,11 @@ def frozen(*modules: nn.Module, lycoris: Any = None) -> Iterator[None]:
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Whether an adapter of peft or LyCORIS sits on a layer of ``module``."""
+    """Whether an adapter of peft, other than the critic's, or of LyCORIS sits on a layer of ``module``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    tuned = any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+    layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    tuned = any(adapter_names(layer) - {CRITIC} for layer in layers)
     return tuned or next(lycoris_layers(module), None) is not None
 
 
@@ -67,15 +75,22 @@ def check_base(module: nn.Module) -> None:
     off is then not the model that was loaded."""
     configs: Any = getattr(module, "peft_config", {})
     for name, config in configs.items():
-        how = getattr(config, "init_lora_weights", True)
-        if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+        if changes_base(config):
             raise ValueError(
-                f"the adapter {name!r} has init_lora_weights={how!r}, which changes the base weights, so the model "
-                "with its adapter off is no teacher: initialise it otherwise, or pass a separate student_model"
+                f"the adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, which changes the base "
+                "weights, so the model with its adapter off is no teacher: initialise it otherwise, or pass a separate "
+                "student_model"
             )
 
 
-def _switchable(module: nn.Module) -> list[Any]:
+def changes_base(config: Any) -> bool:
+    """Whether an adapter of this configuration takes its first value out of the base weights."""
+    how = getattr(config, "init_lora_weights", True)
+    return isinstance(how, str) and how.lower().startswith(_CHANGES_BASE)
+
+
+def switchable(module: nn.Module) -> list[Any]:
+    """The layers of peft, modules_to_save included."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -83,21 +98,28 @@ def _switchable(module: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _adapters_off(module: nn.Module) -> Iterator[None]:
-    layers = _switchable(module)
+def _only_adapter(module: nn.Module, adapter: str | None) -> Iterator[None]:
+    layers = switchable(module)
     merged = sorted({name for layer in layers for name in getattr(layer, "merged_adapters", ())})
     if merged:
         raise RuntimeError(
             f"the adapters {merged} are merged into the base weights, so there is no teacher to run; unmerge them"
         )
-    entry = [(layer, layer._disable_adapters) for layer in layers]
+    entry = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            layer._disable_adapters = adapter not in adapter_names(layer)
+            if not layer._disable_adapters:
+                layer._active_adapter = [adapter]
         yield
     finally:
-        for layer, disabled in entry:
-            layer._disable_adapters = disabled
+        for layer, disabled, active in entry:
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def adapter_names(layer: Any) -> set[str]:
+    """The adapters that have weights in a layer of peft."""
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part, ())}
 
 
 @contextmanager
@@ -127,7 +149,8 @@ def _unscheduled(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _no_backward(module: nn.Module) -> Iterator[None]:
     """One hook tells of every backward: all of a student's losses reach its first trained parameter."""
-    parameter = next((p for p in module.parameters() if p.requires_grad), None)
+    student = (p for name, p in module.named_parameters() if p.requires_grad and not of_critic(name))
+    parameter = next(student, None)
     handle = None if parameter is None else parameter.register_hook(_refuse)
     try:
         yield

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..families import FamilySpec
+from ..patching.names import CRITIC
 
 # What decides what the tensors of an adapter mean.
 _MEANING = ("peft_type", "r", "alpha", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -39,8 +40,8 @@ def check_unmerged(bare: nn.Module) -> None:
 
 
 def adapter_configs(bare: nn.Module) -> dict[str, Any]:
-    """The configuration of every adapter by its name, as JSON holds it."""
-    configs = getattr(bare, "peft_config", {})
+    """The configuration of every adapter of the student by its name, as JSON holds it."""
+    configs = {name: config for name, config in getattr(bare, "peft_config", {}).items() if name != CRITIC}
     return {name: json.loads(json.dumps(config.to_dict(), default=_plain)) for name, config in configs.items()}
 
 
@@ -100,9 +101,12 @@ def add_adapters(bare: nn.Module, configs: Mapping[str, Any], *, only_names: boo
 
 def layer_states(bare: nn.Module) -> dict[str, Any]:
     """path -> active adapters and their scales, which ``set_adapters`` changes behind the configuration's back."""
+
+    def scales(layer: Any) -> dict[str, float]:
+        return {name: scale for name, scale in getattr(layer, "scaling", {}).items() if name != CRITIC}
+
     return {
-        path: {"active": list(layer.active_adapters), "scaling": dict(getattr(layer, "scaling", {}))}
-        for path, layer in tuner_layers(bare)
+        path: {"active": list(layer.active_adapters), "scaling": scales(layer)} for path, layer in tuner_layers(bare)
     }
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import lycoris_layers
+from ..distributed import is_sharded, sharded_like, whole
 from ..patching import delta_parameters, is_patched, patch, trainable_parameters
+from ..patching.names import of_critic
 from ..patching.patch import delta_paths
 from ..patching.unwrap import unwrap
 from .ema import averaged, is_list, plan_list
@@ -45,6 +47,7 @@ def save_student(model: Any, directory: str | Path, *, lycoris: Any = None, ema:
     embedders; a full-rank student is written whole. Names are those of the bare model. The file appears under its name
     only when it is complete on disk.
     ``lycoris``: the LyCORIS network that is applied to the model; its tensors are written under ``lycoris.``.
+    Of a model that FSDP2 has sharded, all ranks have to call it, and each writes the whole.
     ``ema``: averaged weights, for a second file of the same format: diffusers' EMAModel over the values of
     ``anyflow.trainable_parameters(model)`` (of the distiller's, with LyCORIS), or a deep copy of the model.
 
@@ -98,14 +101,14 @@ def load_student(
 
 
 def student_state(bare: nn.Module, adapted: bool | None = None) -> dict[str, Tensor]:
-    """name -> tensor of all that a student owns within the model: adapters, trained copies, delta embedders;
-    everything for a full-rank student. ``adapted``: whether it has an adapter, where that cannot be seen."""
+    """name -> tensor of all that a student owns within the model: adapters (never a critic's), trained copies, delta
+    embedders; everything for a full-rank student. ``adapted``: whether it has an adapter, where that cannot be seen."""
     owned = {name for name, _ in delta_parameters(bare)}
     layers = dict(tuner_layers(bare))
     for path, layer in layers.items():
         inside = getattr(layer, "adapter_layer_names", ("modules_to_save",))
         parts = tuple(f"{path}.{part}." for part in inside)
-        owned |= {name for name, _ in bare.named_parameters() if name.startswith(parts)}
+        owned |= {name for name, _ in bare.named_parameters() if name.startswith(parts) and not of_critic(name)}
     if adapted is None:
         adapted = bool(layers) or next(lycoris_layers(bare), None) is not None
     state = bare.state_dict(keep_vars=True)
@@ -149,7 +152,7 @@ def _content(bare: nn.Module, lycoris: Any) -> Content:
 
 
 def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _averaged_content(bare: nn.Module, lycoris: Any, ema: Any) -> Content:
@@ -194,7 +197,8 @@ def _plan(bare: nn.Module, path: Path, lycoris: Any, adapters: bool) -> Callable
         raise ValueError(f"{path} holds a student of {metadata['family']}, the model is a {type(bare).__name__}")
     network = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     inside = {key: tensor for key, tensor in tensors.items() if key not in network}
-    values = _values(path, bare, inside, metadata, adapters)
+    make_values = _values_of_sharded if any(map(is_sharded, bare.parameters())) else _values
+    values = make_values(path, bare, inside, metadata, adapters)
     load_network = plan_network(str(path), bare, lycoris, network, metadata.get("lycoris")) if adapters else None
 
     def load() -> None:
@@ -202,7 +206,7 @@ def _plan(bare: nn.Module, path: Path, lycoris: Any, adapters: bool) -> Callable
         _rebuild(bare, metadata, adapters)
         own = bare.state_dict(keep_vars=True)
         for key, tensor in values.items():
-            own[key].data = tensor.to(own[key].device, copy=True)
+            _put(own[key], tensor)
         if adapters:
             restore_layers(bare, json.loads(metadata.get("layers", "{}")))
         for parameter, flag in flags:  # what was there trains as it did; peft decides about what is new
@@ -236,6 +240,28 @@ def _values(
     for delta in deltas:
         values |= _delta_values(path, saved, future, delta, tensors, adapters)
     return values
+
+
+def _values_of_sharded(
+    path: Path, bare: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], adapters: bool
+) -> dict[str, Tensor]:
+    """FSDP2 lets a model be neither copied nor rebuilt: it has to be laid out as in the file already."""
+    configs = json.loads(metadata["adapters"])
+    if not is_patched(bare) or not adapters or configs.keys() != adapter_configs(bare).keys():
+        raise ValueError(
+            f"{path} has the adapters {sorted(configs)}: patch, and add them, before FSDP shards the model"
+        )
+    check_configs(bare, configs)
+    _check_keys(path, _owned(bare, metadata), tensors)
+    return dict(tensors)
+
+
+@torch.no_grad()
+def _put(own: Tensor, tensor: Tensor) -> None:
+    if is_sharded(own):  # FSDP keeps the storage
+        own.copy_(sharded_like(tensor, own))
+    else:
+        own.data = tensor.to(own.device, copy=True)
 
 
 def _delta_values(

@@ -1,5 +1,6 @@
 """What the student is asked to predict: pure functions on tensors, in sigma and noiseward velocity."""
 
+from .dmd import backward_simulation, distribution_matching, fake_score_loss, simulation_path
 from .linear import linear_velocity
 from .meanflow import (
     PathDerivative,
@@ -15,9 +16,13 @@ __all__ = [
     "PathDerivative",
     "adaptive_balance",
     "average_velocity",
+    "backward_simulation",
     "central_difference",
+    "distribution_matching",
     "exact_derivative",
+    "fake_score_loss",
     "flowmap_target",
     "linear_velocity",
     "meanflow_loss",
+    "simulation_path",
 ]

@@ -25,6 +25,7 @@ from .model import (
     make_gate,
     set_conditioning,
 )
+from .names import of_critic
 from .swap import check_restorable, is_wrapped, restore, swap
 from .unwrap import denoisers
 
@@ -150,7 +151,8 @@ def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of all that a student trains: what requires a gradient, and the delta embedders.
 
     Turns ``requires_grad`` on for the delta embedders, except where an adapter sits on one: then it trains through
-    the adapter, as in the published recipe. Each parameter is listed once. Give the values to the optimizer.
+    the adapter, as in the published recipe. Each parameter is listed once; a critic's adapter is no part of the
+    student. Give the values to the optimizer.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -161,7 +163,7 @@ def trainable_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
             delta = bare.get_submodule(site.delta)
             if not any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in delta.modules()):
                 delta.requires_grad_(True)
-        listed += [(name, parameter) for name, parameter in bare.named_parameters() if parameter.requires_grad]
+        listed += [(name, p) for name, p in bare.named_parameters() if p.requires_grad and not of_critic(name)]
     return listed
 
 

@@ -20,7 +20,8 @@ class Roles:
     """``teacher`` and ``student`` are one denoiser where the teacher is the student with its adapter off.
 
     ``trainer``: the trainer's object with ``model_predict``, or None. ``lycoris``: the student's LyCORIS network, or
-    None. ``noise_scheduler``: the scheduler of the pipeline, or None.
+    None. ``noise_scheduler``: the scheduler of the pipeline, or None. ``critic``: a whole network as the
+    fake score, or None.
     """
 
     config: AnyFlowConfig
@@ -30,6 +31,7 @@ class Roles:
     trainer: Any = None
     lycoris: nn.Module | None = None
     noise_scheduler: Any = None
+    critic: Denoiser | None = None
 
     def student_through(self, model: nn.Module | None) -> Denoiser:
         """The student, through the trainer's wrapper ``model`` of it."""
@@ -41,6 +43,12 @@ class Roles:
 
     def teacher_through(self, model: nn.Module | None) -> Denoiser:
         return self.student_through(model) if self.student is self.teacher else self.teacher
+
+    def called(self, denoiser: Denoiser) -> nn.Module | None:
+        """The module that is called for ``denoiser``, wrappers included."""
+        if isinstance(denoiser, DiffusersDenoiser):
+            return denoiser.module
+        return None if self.trainer is None else self.trainer.get_trained_component()
 
     def scheduler(self) -> Any:
         """The scheduler that the model is sampled with, or None."""
