@@ -13,6 +13,8 @@ import forward_ranks
 import pytest
 import torch
 
+from anyflow_kernels._native import ENVIRONMENT_VARIABLE
+
 MODES, VARIANTS = ("ddp", "fsdp2", "accelerate", "context"), ("guided", "base")
 STEPS, LONG, STOP = 3, 20, 9
 SCRIPT = Path(forward_ranks.__file__)
@@ -25,6 +27,7 @@ def launch(folder: Path, *jobs: str) -> None:
     (folder / "store").unlink(missing_ok=True)
     path = os.pathsep.join([str(SCRIPT.parent), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
+    environment[ENVIRONMENT_VARIABLE] = "reference"  # as the one process that they are compared with
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(rank), "3,1", str(folder), *jobs],
