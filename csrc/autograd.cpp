@@ -3,12 +3,18 @@
 // reached through the dispatcher, for whichever device and backend.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace anyflow {
 namespace {
@@ -389,9 +395,146 @@ Two dmd_gradient(
   return {results[0], results[1]};
 }
 
+// ---- flowmap_embedding
+
+using FlowmapEmbeddingSignature = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t, bool, double,
+    double, double, double, std::string_view, bool);
+using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using FlowmapEmbeddingBackwardSignature = Nine(
+    const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, int64_t, bool, double, double, double, double, std::string_view, bool, bool, bool);
+
+template <class... Arguments>
+std::tuple<Tensor, Tensor> call_flowmap_embedding(const Arguments&... arguments) {
+  static const auto operation = find<FlowmapEmbeddingSignature>("anyflow_kernels::flowmap_embedding");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return operation.call(arguments...);
+}
+
+struct FlowmapEmbedding : public Function<FlowmapEmbedding> {
+  static variable_list forward(
+      AutogradContext* context,
+      const Tensor& t,
+      const Tensor& r,
+      const Tensor& base_weight_1,
+      const OptionalTensor& base_bias_1,
+      const Tensor& base_weight_2,
+      const OptionalTensor& base_bias_2,
+      const Tensor& delta_weight_1,
+      const OptionalTensor& delta_bias_1,
+      const Tensor& delta_weight_2,
+      const OptionalTensor& delta_bias_2,
+      const Tensor& gate,
+      int64_t num_channels,
+      bool flip_sin_to_cos,
+      double downscale_freq_shift,
+      double scale,
+      double max_period,
+      double time_scale,
+      std::string_view deltatime_type,
+      bool with_silu) {
+    auto [embedding, silu] = call_flowmap_embedding(
+        t, r, base_weight_1, base_bias_1, base_weight_2, base_bias_2, delta_weight_1, delta_bias_1, delta_weight_2,
+        delta_bias_2, gate, num_channels, flip_sin_to_cos, downscale_freq_shift, scale, max_period, time_scale,
+        deltatime_type, with_silu);
+    const variable_list weights{
+        base_weight_1, or_undefined(base_bias_1), base_weight_2, or_undefined(base_bias_2),
+        delta_weight_1, or_undefined(delta_bias_1), delta_weight_2, or_undefined(delta_bias_2)};
+    const auto wanted = [&](size_t first) {
+      return std::any_of(weights.begin() + first, weights.begin() + first + 4, [](const Tensor& weight) {
+        return weight.defined() && weight.requires_grad();
+      });
+    };
+    variable_list saved{t, r, gate};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    context->save_for_backward(std::move(saved));
+    auto& data = context->saved_data;
+    data["options"] = std::tuple(num_channels, flip_sin_to_cos);
+    data["scales"] = std::vector<double>{downscale_freq_shift, scale, max_period, time_scale};
+    data["deltatime_type"] = std::string(deltatime_type);
+    data["needs"] = std::tuple(wanted(0), wanted(4), gate.requires_grad());
+    context->set_materialize_grads(false);
+    if (!with_silu) {
+      context->mark_non_differentiable({silu});
+    }
+    return {embedding, silu};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto operation =
+        find<FlowmapEmbeddingBackwardSignature>("anyflow_kernels::flowmap_embedding_backward");
+    variable_list results(19); // one for each argument of forward
+    if (!grads[0].defined() && !grads[1].defined()) {
+      return results;
+    }
+    const auto saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    const auto [num_channels, flip_sin_to_cos] = data["options"].to<std::tuple<int64_t, bool>>();
+    const auto scales = data["scales"].toDoubleVector();
+    const auto [need_base, need_delta, need_gate] = data["needs"].to<std::tuple<bool, bool, bool>>();
+    const Tensor grad = grads[0].defined() ? grads[0] : at::zeros_like(grads[1]);
+    std::tie(
+        results[2], results[3], results[4], results[5], results[6], results[7], results[8], results[9], results[10]) =
+        operation.call(
+            grad, or_none(grads[1]), saved[0], saved[1], saved[3], or_none(saved[4]), saved[5], or_none(saved[6]),
+            saved[7], or_none(saved[8]), saved[9], or_none(saved[10]), saved[2], num_channels, flip_sin_to_cos,
+            scales[0], scales[1], scales[2], scales[3], data["deltatime_type"].toStringRef(), need_base, need_delta,
+            need_gate);
+    for (size_t i = 0; i < 8; ++i) { // empty where nothing was asked for
+      if (!saved[3 + i].defined() || !(i < 4 ? need_base : need_delta)) {
+        results[2 + i] = Tensor();
+      }
+    }
+    if (!need_gate) {
+      results[10] = Tensor();
+    }
+    return results;
+  }
+};
+
+std::tuple<Tensor, Tensor> flowmap_embedding(
+    const Tensor& t,
+    const Tensor& r,
+    const Tensor& base_weight_1,
+    const OptionalTensor& base_bias_1,
+    const Tensor& base_weight_2,
+    const OptionalTensor& base_bias_2,
+    const Tensor& delta_weight_1,
+    const OptionalTensor& delta_bias_1,
+    const Tensor& delta_weight_2,
+    const OptionalTensor& delta_bias_2,
+    const Tensor& gate,
+    int64_t num_channels,
+    bool flip_sin_to_cos,
+    double downscale_freq_shift,
+    double scale,
+    double max_period,
+    double time_scale,
+    std::string_view deltatime_type,
+    bool with_silu) {
+  const bool wanted = wants_gradient(
+      {&base_weight_1, pointer(base_bias_1), &base_weight_2, pointer(base_bias_2), &delta_weight_1,
+       pointer(delta_bias_1), &delta_weight_2, pointer(delta_bias_2), &gate});
+  if (!wanted) {
+    return call_flowmap_embedding(
+        t, r, base_weight_1, base_bias_1, base_weight_2, base_bias_2, delta_weight_1, delta_bias_1, delta_weight_2,
+        delta_bias_2, gate, num_channels, flip_sin_to_cos, downscale_freq_shift, scale, max_period, time_scale,
+        deltatime_type, with_silu);
+  }
+  auto results = FlowmapEmbedding::apply(
+      t, r, base_weight_1, base_bias_1, base_weight_2, base_bias_2, delta_weight_1, delta_bias_1, delta_weight_2,
+      delta_bias_2, gate, num_channels, flip_sin_to_cos, downscale_freq_shift, scale, max_period, time_scale,
+      deltatime_type, with_silu);
+  return {results[0], results[1]};
+}
+
 } // namespace
 
 TORCH_LIBRARY_IMPL(anyflow_kernels, Autograd, m) {
+  m.impl("flowmap_embedding", &flowmap_embedding);
   m.impl("gate_blend", &gate_blend);
   m.impl("rollout_step", &rollout_step);
   m.impl("interval_inputs", &interval_inputs);
