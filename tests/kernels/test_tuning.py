@@ -18,7 +18,7 @@ from samples import check_against_oracle, sample_inputs
 pytest.importorskip("triton")
 
 import anyflow_kernels
-from anyflow_kernels import _triton, _tuning
+from anyflow_kernels import _library, _triton, _tuning
 from anyflow_kernels.gate_blend import kernels
 from benchmarks import tune
 from benchmarks.operators import cases
@@ -28,11 +28,8 @@ CPU = torch.device("cpu")
 DEFAULT = kernels.LaunchConfig()
 (BLEND,) = (case for case in cases("smallest") if case.operator_name == "gate_blend")
 
-try:
-    with anyflow_kernels.use_backend("triton"):
-        pass
-except RuntimeError as refusal:
-    pytestmark = pytest.mark.skip(reason=str(refusal))
+REASONS = [_library.why_not("triton", device, _library._operators["gate_blend"]) for device in _library.DEVICES]
+pytestmark = pytest.mark.skipif(None not in REASONS, reason=f"Triton runs on no device here: {REASONS}")
 
 
 @pytest.fixture(autouse=True)
