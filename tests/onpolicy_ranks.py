@@ -109,7 +109,7 @@ def train(
         wrapped = nn.parallel.DistributedDataParallel(model)
     anyflow.trainable_parameters(model)
     anyflow.add_critic(model, seed=CONFIG["seed"])
-    onpolicy.move_critic(model)
+    tiny_models.move_critic(model)
     if mode == "fsdp2":
         mesh = init_device_mesh("cpu", (len(sizes),), mesh_dim_names=("dp",))
         for block in model.transformer_blocks:

@@ -383,6 +383,22 @@ class TestPrecision:
         assert torch.equal(target("float32", True), wide) and torch.equal(target("model", False), wide)
         assert not torch.equal(target("model", True), wide)
 
+    def test_float32_forwards_of_a_compiled_model_run_eagerly(self) -> None:
+        runs: list[None] = []
+
+        def counting(graph: Any, _: Any) -> Any:
+            return lambda *arguments: (runs.append(None), graph(*arguments))[1]
+
+        def target(precision: str, compiled: bool) -> Tensor:
+            model = protocol.student(SD3)
+            distiller = AnyFlowDistiller(model, config={**PLAIN, "difference_precision": precision})
+            called = torch.compile(model, backend=counting) if compiled else None
+            return distiller.prepare_batch(batch_for(SD3), called)["target"]
+
+        assert torch.equal(target("float32", True), target("float32", False)) and not runs
+        target("model", True)
+        assert len(runs) == 2
+
     def test_noise_is_logged(self) -> None:
         """Independent errors of the three outputs, of a known size; nothing of the sample with r = t."""
         stage, denoiser = toy_stage(torch.float32, fuse_guidance_scale=1.0)

@@ -56,7 +56,7 @@ def test_two_ranks_with_unequal_batches_are_one_process(mode: str, folder: Path,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_equal_on_all_ranks_and_what_is_not(mode: str, folder: Path) -> None:
-    """Steps, place, collectives and forwards are; noise and sigma are not (A26)."""
+    """Steps, place, collectives and forwards are; noise and sigma are not."""
     first, second = ranks(folder, f"{mode}-{STEPS}")
     assert first["paths"] == second["paths"] and len(first["paths"]) == 2 * STEPS
     assert len({path[:2] for path in first["paths"]}) > 1
@@ -80,7 +80,7 @@ def test_a_killed_run_continues_bit_for_bit(mode: str, folder: Path, tmp_path: P
 
 
 def test_a_rank_of_a_group_that_shares_samples_draws_as_the_group_does() -> None:
-    """Two data-parallel ranks, each a pair of context-parallel ones (A18)."""
+    """Two data-parallel ranks, each a pair of context-parallel ones."""
     from anyflow import AnyFlowDistiller
 
     drawn = []

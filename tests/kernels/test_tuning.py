@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 DEFAULT = kernels.LaunchConfig()
 (BLEND,) = (case for case in cases("smallest") if case.operator_name == "gate_blend")
 
-REASONS = [_library.why_not("triton", device, _library._operators["gate_blend"]) for device in _library.DEVICES]
-pytestmark = pytest.mark.skipif(None not in REASONS, reason=f"Triton runs on no device here: {REASONS}")
+REASON = _library.why_not("triton", "cpu", _library._operators["gate_blend"])
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"Triton does not run on the CPU: {REASON}")
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +245,6 @@ def test_without_a_gpu_nothing_is_tuned() -> None:
     assert done.returncode == 2 and "PyTorch sees no GPU" in done.stderr
 
 
-def test_no_table_is_shipped() -> None:
-    """As docs/kernels.md says: none was measured. Goes with the first."""
-    assert not list((ROOT / "anyflow_kernels").glob("tuned/*"))
+def test_the_tables_that_are_there_can_be_read() -> None:
+    for path in (ROOT / "anyflow_kernels").glob("tuned/*.json"):
+        assert _tuning.read(json.loads(path.read_text())["device"]), path
