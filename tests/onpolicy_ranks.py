@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import test_onpolicy as onpolicy
+import tiny_models
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator

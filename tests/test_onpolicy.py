@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import anyflow
 from anyflow import AnyFlowDistiller
 from anyflow.adapters import critic_parameters
+from anyflow.denoiser import _is_of_prompt
 from anyflow.families import find_spec
 from anyflow.patching.names import CRITIC
 from anyflow.stages import onpolicy
@@ -327,6 +328,18 @@ class TestUnconditional:
             distiller.prepare_batch(protocol.batch_for(SD3))
 
 
+@pytest.mark.parametrize(
+    ("key", "of_prompt"),
+    {
+        **dict.fromkeys(("prompt_embeds", "add_text_embeds", "encoder_attention_mask", "pooled_projections"), True),
+        **dict.fromkeys(("caption", "encoder_hidden_states", "text_ids", "t5_attention_mask"), True),
+        **dict.fromkeys(("context_latents", "texture", "image_encoder_latents", "image_embeds", "pixels"), False),
+    }.items(),
+)
+def test_names_of_what_was_made_of_a_prompt(key: str, of_prompt: bool) -> None:
+    assert _is_of_prompt(key, torch.zeros(1)) == of_prompt
+
+
 class TestNeverMoveEachOther:
     def test_step_by_step(self) -> None:
         model, distiller = make(critic_steps_per_generator_step=3, critic_learning_rate=1e-2)
@@ -542,6 +555,36 @@ class TestTrainers:
 
 
 class TestFullRank:
+    def test_networks_that_cannot_play_their_parts(self) -> None:
+        def networks() -> list[nn.Module]:
+            return [tiny_models.build(SD3, seed=seed).requires_grad_(False) for seed in (0, 1, 2)]
+
+        teacher, student, critic = networks()
+        with pytest.raises(ValueError, match="no weight of critic_model trains"):
+            AnyFlowDistiller(teacher, student.requires_grad_(True), critic_model=critic, config=CONFIG)
+        teacher, student, _ = networks()
+        anyflow.add_critic(teacher.requires_grad_(True), LoraConfig(target_modules=["to_q"]))
+        with pytest.raises(ValueError, match="of the teacher requires a gradient"):
+            AnyFlowDistiller(teacher, student.requires_grad_(True), config=CONFIG)
+        _, student, _ = networks()
+        anyflow.patch(student.requires_grad_(True))
+        anyflow.add_critic(student, LoraConfig(target_modules=["to_q"]))
+        with pytest.raises(ValueError, match="the critic is an adapter on a full-rank student"):
+            anyflow.save_student(student, "nowhere")
+
+    def test_a_critic_in_another_memory_format_is_saved(self, tmp_path: Path) -> None:
+        teacher, student, critic = (tiny_models.build("UNet2DConditionModel", seed=seed) for seed in (0, 1, 2))
+        teacher.requires_grad_(False)
+        critic.to(memory_format=torch.channels_last)
+        assert not all(parameter.is_contiguous() for parameter in critic.parameters())
+        distiller = AnyFlowDistiller(teacher, student, critic_model=critic, config=CONFIG)
+        distiller.training_step(protocol.batch_for("UNet2DConditionModel"))
+        before = weights(critic)
+        distiller.on_save_checkpoint(1, tmp_path)
+        distiller.training_step(protocol.batch_for("UNet2DConditionModel"))
+        distiller.on_load_checkpoint(tmp_path)
+        assert all(torch.equal(before[name], parameter) for name, parameter in critic.named_parameters())
+
     def test_three_networks(self) -> None:
         teacher, student, critic = (tiny_models.build(SD3, seed=seed) for seed in (0, 1, 2))
         teacher.requires_grad_(False)
@@ -697,6 +740,28 @@ class TestCheckpoints:
         assert all(torch.equal(critic[n], p) and p.requires_grad for n, p in critic_parameters(other))
         exported = load_file(anyflow.export_lora(model, tmp_path / "lora"))
         assert exported and not any(CRITIC in key for key in exported)
+
+    @pytest.mark.parametrize("saved", [{"target_mode": "linear"}, {"onpolicy_forward": "meanflow"}])
+    def test_a_checkpoint_of_another_mode_changes_nothing(self, saved: dict[str, Any], tmp_path: Path) -> None:
+        _, other = make(**saved)
+        other.streams.draws = 5
+        other.on_save_checkpoint(3, tmp_path)
+        model, distiller = make()
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"_mode='(linear|meanflow)', this distiller has"):
+            distiller.on_load_checkpoint(tmp_path)
+        assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+        assert distiller.streams.draws == 0
+
+    def test_a_checkpoint_of_another_critic_changes_nothing(self, tmp_path: Path) -> None:
+        model = protocol.student(SD3)
+        anyflow.add_critic(model, LoraConfig(r=2, target_modules=["to_q"]))
+        AnyFlowDistiller(model, config=CONFIG).on_save_checkpoint(3, tmp_path)
+        model, distiller = make()
+        before = weights(model)
+        with pytest.raises(ValueError, match="another critic"):
+            distiller.on_load_checkpoint(tmp_path)
+        assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
     def test_all_of_it_comes_back(self, tmp_path: Path) -> None:
         model, distiller = make()

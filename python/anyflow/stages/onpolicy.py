@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class OnPolicyStage:
             **prepared["anyflow_critic_logs"],
             "anyflow_forward_loss": forward.detach(),
             "anyflow_dmd_loss": matching.detach(),
-            "anyflow_simulation_steps": torch.tensor(float(steps)),
+            "anyflow_simulation_steps": matching.detach().new_full((), float(steps)),
         }
         return loss, logs
 
@@ -71,9 +71,14 @@ class OnPolicyStage:
         tensors, metadata = self.forward.state()
         return {**tensors, **self.critic.state()}, metadata
 
-    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.forward.load_state(tensors, metadata)
-        self.critic.load_state(tensors)
+    def plan_load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[], None]:
+        loads = (self.forward.plan_load(tensors, metadata), self.critic.plan_load(tensors))
+
+        def load() -> None:
+            for part in loads:
+                part()
+
+        return load
 
     def _matching_loss(
         self, batch: Mapping[str, Any], layout: TimeLayout, levels: Tensor, model: nn.Module | None
@@ -169,7 +174,7 @@ def _with_sigmas(batch: Mapping[str, Any], sigma: Tensor) -> dict[str, Any]:
 
 def _mean(losses: Tensor) -> Tensor:
     """The rank's part in the mean over the global batch: the mean of all ranks' is that, as DDP and FSDP take it."""
-    return losses.sum() * (world_size() / sum_over_ranks(losses.new_tensor(float(losses.numel()))))
+    return losses.sum() * (world_size() / sum_over_ranks(losses.new_full((), float(losses.numel()))))
 
 
 def _below(count: int, generator: torch.Generator) -> int:

@@ -83,7 +83,8 @@ class Roles:
 
     def flow_sign(self, denoiser: Denoiser) -> int:
         """+1 where what ``to_flow`` gives is noiseward, -1 where it points to the data."""
-        return 1 if hasattr(self.trainer, "prediction_to_noiseward_flow") else denoiser.spec.prediction_sign
+        convert = getattr(self.trainer, "prediction_to_noiseward_flow", None)
+        return denoiser.spec.prediction_sign if convert is None else 1
 
     def to_prediction(self, flow: Tensor) -> Tensor:
         """From noiseward to what the student predicts."""
