@@ -114,6 +114,10 @@ REFUSED = {
         "gate_blend, small: 'blok' is no field; allowed are 'block', 'num_warps'",
     ),
     "value": ({"gate_blend": {"small": {"block": "512"}}}, "gate_blend, small: 'block' must be a int, got '512'"),
+    "power": (
+        {"gate_blend": {"small": {"block": 1000}}},
+        "gate_blend, small: 'block' must be a power of two, got 1000",
+    ),
     "flag": ({"gate_blend": {"small": {"block": True}}}, "gate_blend, small: 'block' must be a int, got True"),
     "shape": ({"gate_blend": {"small": 512}}, "gate_blend, small: must be fields and their values, got 512"),
     "shape of all": ({"gate_blend": 512}, "no attribute 'items'"),
