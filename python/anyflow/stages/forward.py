@@ -94,9 +94,7 @@ class ForwardStage:
         self, batch: Batch, layout: TimeLayout, sigma: Tensor, r: Tensor, model: nn.Module | None
     ) -> dict[str, Any]:
         roles, config = self.roles, self.roles.config
-        guidance = config.fuse_guidance_scale
-        if guidance != 1.0 and batch.get("negative_conditioning") is None:
-            raise ValueError(f"fuse_guidance_scale={guidance} needs negative_conditioning in the batch")
+        guidance = roles.guidance("fuse_guidance_scale", batch)
         given = batch.get("sigmas")
         replaced = sigma if given is None or given.numel() != sigma.numel() else sigma.reshape(given.shape)
         batch = {**batch, "sigmas": replaced}

@@ -41,9 +41,7 @@ class OnPolicyStage:
     def prepare(
         self, batch: Mapping[str, Any], layout: TimeLayout, sigma: Tensor, r: Tensor, model: nn.Module | None
     ) -> dict[str, Any]:
-        guidance = self.roles.config.real_guidance_scale
-        if guidance != 1.0 and batch.get("negative_conditioning") is None:
-            raise ValueError(f"real_guidance_scale={guidance} needs negative_conditioning in the batch")
+        self.roles.guidance("real_guidance_scale", batch)
         batch = _with_sigmas(batch, sigma)
         logs: dict[str, Tensor] = {}
         for _ in range(self.roles.config.critic_steps_per_generator_step):
@@ -92,14 +90,11 @@ class OnPolicyStage:
 
         def real(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
             with teacher_mode(*{roles.teacher.bare, roles.student.bare}, lycoris=roles.lycoris):
-                conditional = roles.to_flow(base(batch, x, s, None))
-                if config.real_guidance_scale == 1.0:
-                    return conditional, None
-                return conditional, roles.to_flow(base(batch, x, s, None, negative=True))
+                return roles.velocities(base, batch, x, s, config.real_guidance_scale)
 
         def fake(x: Tensor, s: Tensor) -> Tensor:
             with self.critic.scored():
-                return self._fake_velocity(batch, x, s, model)
+                return self._fake_velocity(batch, x, s, base)
 
         loss = distribution_matching(
             x,
@@ -130,7 +125,7 @@ class OnPolicyStage:
                 x,
                 noise,
                 sigma,
-                lambda x, s: self._fake_velocity(batch, x, s, model),
+                lambda x, s: self._fake_velocity(batch, x, s, base),
                 sign=roles.flow_sign(base),
                 model_dtype=model_dtype(base.bare),
                 to_latents=layout.for_latents,
@@ -139,9 +134,9 @@ class OnPolicyStage:
             norm = self.critic.step(loss)
         return {"anyflow_critic_loss": loss.detach(), "anyflow_critic_gradient": norm}
 
-    def _fake_velocity(self, batch: Mapping[str, Any], x: Tensor, sigma: Tensor, model: nn.Module | None) -> Tensor:
-        """The fake score, in the sign of the real one."""
-        roles, base = self.roles, self.roles.teacher_through(model)
+    def _fake_velocity(self, batch: Mapping[str, Any], x: Tensor, sigma: Tensor, base: Denoiser) -> Tensor:
+        """The fake score, in the sign of the real one, which ``base`` is."""
+        roles = self.roles
         if roles.critic is None:
             return roles.to_flow(base(batch, x, sigma, None))
         velocity = roles.critic(batch, x, sigma, None)
