@@ -118,6 +118,23 @@ def test_an_interval_of_zero_does_not_look_at_the_difference(backend: str, value
         assert torch.equal(found, right)
 
 
+def test_frames_with_an_interval_of_zero_do_not_look_at_the_difference(backend: str) -> None:
+    """Every other of frames that are shorter than a vector."""
+    sample = sample_inputs("flowmap_loss", DEVICE, F32, True, size=(2, 2, 7, 3), times=(2, 1, 7, 1))
+    tensors = {n: t.detach().clone() for n, t in sample.tensors.items()}
+    tensors["interval"][:, :, ::2] = 0.0
+    for name in ("u_plus", "u_minus"):
+        tensors[name][:, :, ::2] = 0.0
+    expected = _results(sample, **tensors)
+    for name in ("u_plus", "u_minus"):
+        tensors[name][:, :, ::2] = torch.nan
+    tensors["gap"][:, :, ::2] = 0.0
+    for found, right in zip(_results(sample, **tensors), expected, strict=True):
+        assert right.isfinite().all()
+        assert torch.equal(found, right)
+    check_against_oracle(sample.replaced(**{n: tensors[n].nan_to_num() for n in tensors if n != "gap"}))
+
+
 @pytest.mark.parametrize("name", ["prediction", "target_velocity", "uncond_prediction", "u_plus", "u_minus", "weight"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_sample(backend: str, name: str, value: float) -> None:
