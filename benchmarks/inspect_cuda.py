@@ -101,8 +101,8 @@ def _flowmap_loss(samples: int = 1, size: int = WAN_LATENTS) -> list[Case]:
 
 
 def _dmd_gradient(samples: int = 1, size: int = WAN_LATENTS) -> list[Case]:
-    """Guided, float32 sample, bfloat16 scores; one time a sample. The scores are read twice, unless a block has a sample
-    for itself."""
+    """Guided, float32 sample, bfloat16 scores; one time a sample. The scores are read twice, unless a block has a
+    sample for itself."""
     parts = _blocks(size, BLOCK * ELEMENTS)
     forward = ((4 * BF16 + 2 * FP32) * size + 2 * FP32) * samples
     backward = (2 * FP32 * size + FP32) * samples

@@ -12,7 +12,7 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
-from samples import check_against_oracle, outputs_and_gradients, sample_inputs
+from samples import allocated_by_the_loss, check_against_oracle, outputs_and_gradients, sample_inputs
 from torch import Tensor
 
 from benchmarks import inspect_cuda
@@ -203,6 +203,12 @@ def test_samples_of_less_and_more_than_a_block(
     alone = sample.replaced(**{name: tensor[1:2].clone() for name, tensor in sample.tensors.items()})
     for whole, part in zip(outputs, outputs_and_gradients(alone, alone.run)[0], strict=True):
         assert torch.equal(whole[1:2], part)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+def test_differences_in_float32_cost_no_copy() -> None:
+    assert allocated_by_the_loss() < 2048  # two sums of each of 32 blocks, and the results
 
 
 def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -> list[Tensor]:

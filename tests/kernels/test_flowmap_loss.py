@@ -49,6 +49,14 @@ def test_result_and_gradients(backend: str, dtypes: tuple[torch.dtype, torch.dty
     check_against_oracle(sample_inputs("flowmap_loss", DEVICE, dtypes[0], True, second_dtype=dtypes[1], **variant))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("names", [("u_plus", "u_minus"), ("u_minus",), ("uncond_prediction",)], ids=str)
+def test_differences_of_another_dtype(backend: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Of forwards in float32, say, which lose nothing of the difference."""
+    sample = sample_inputs("flowmap_loss", DEVICE, F32, True, second_dtype=dtype)
+    check_against_oracle(sample.replaced(**{name: sample.tensors[name].float() for name in names}))
+
+
 def test_float64_is_float64(backend: str) -> None:
     sample = sample_inputs("flowmap_loss", DEVICE, F64, True)
     found, gradients = outputs_and_gradients(sample, sample.run)
