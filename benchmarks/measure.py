@@ -172,8 +172,8 @@ def _allocations(events: Iterable[Any]) -> Iterator[Any]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what eager execution launches (operators that write a tensor) and moves (each operand once a launch, those
-    of READ_TWICE twice). With ``expand`` the library's operators are counted as the plain PyTorch of their reference."""
+    """Counts what eager execution launches (operators that write a tensor) and moves (each operand once a launch, or
+    twice by READ_TWICE). With ``expand`` the library's are counted as the plain PyTorch of their reference."""
 
     def __init__(self, expand: bool) -> None:
         super().__init__()
