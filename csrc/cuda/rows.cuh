@@ -4,15 +4,17 @@
 #include "device.cuh"
 #include "rows.h"
 
+#include <utility>
+
 namespace anyflow::cuda {
 
 // What read(time) gives for consecutive elements: read again where a row ends.
 template <class Read>
 struct UnderTimes {
-  using Found = decltype(std::declval<Read>()(int64_t{}));
+  using Found = decltype(std::declval<const Read&>()(int64_t{}));
 
   const Rows& rows;
-  const Read& read;
+  Read read;
   int64_t row;
   int64_t end; // of the row, counted from the start of the span
   int count;
