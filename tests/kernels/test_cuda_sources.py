@@ -15,7 +15,7 @@ import torch
 from samples import allocated_by_the_loss, check_against_oracle, outputs_and_gradients, sample_inputs
 from torch import Tensor
 
-from benchmarks import inspect_cuda
+from benchmarks import inspect_cuda, measure
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TARGETS = (80, 90)
@@ -209,6 +209,19 @@ def test_samples_of_less_and_more_than_a_block(
 @pytest.mark.usefixtures("on_host")
 def test_differences_in_float32_cost_no_copy() -> None:
     assert allocated_by_the_loss() < 2048  # two sums of each of 32 blocks, and the results
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize(("size", "scratch"), [(2048, 0), (2049, 3 * 2 * 2)], ids=str)
+@pytest.mark.parametrize("operator", OF_SAMPLES)
+def test_a_sample_that_a_block_has_for_itself_leaves_no_sums(operator: str, size: int, scratch: int) -> None:
+    """Nor, then, is there a launch that adds them up."""
+    sample = sample_inputs(operator, "cpu", F32, second_dtype=BF16, size=(3, size))
+    normalisers = 3 if operator == "dmd_gradient" and scratch else 0
+    results = sum(result.nbytes for result in sample.run(**sample.tensors))
+    allocated = measure.peak_bytes(lambda: sample.run(**sample.tensors), "cpu")
+    assert allocated == results + 4 * (scratch + normalisers)
 
 
 def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -> list[Tensor]:
