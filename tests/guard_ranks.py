@@ -1,4 +1,4 @@
-"""One rank whose second step may be spoilt, run by test_guard.py: ``python guard_ranks.py RANK SIZES FOLDER MODE...``"""
+"""One rank of a run that is spoilt in its second step: ``python guard_ranks.py RANK SIZES FOLDER MODE...``"""
 
 from __future__ import annotations
 

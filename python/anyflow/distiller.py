@@ -198,11 +198,11 @@ class AnyFlowDistiller:
     def skip_nonfinite_steps(self, optimizer: Any) -> None:
         """From now on ``optimizer.step()`` moves nothing where a loss or a gradient is not finite on any rank.
 
-        ``optimizer``: that of ``trainable_parameters()``, accelerate's wrapper of it as well. Call this once, before the
-        first step. A step is skipped on all ranks or on none: its gradients are dropped, so that weights, moments and
-        weight decay stay as they are, and ``skipped_steps`` counts it. With accumulated gradients one such micro-batch
-        takes the others with it. Costs one all-reduce and one wait for the device in each step; every rank has to make
-        each step. A ``GradScaler`` skips overflows by itself, before this is asked, and they are not counted here.
+        ``optimizer``: that of ``trainable_parameters()``, or accelerate's wrapper of it. Call this once, before the
+        first step. A step is skipped on all ranks or on none: its gradients are dropped, so that no weight and no
+        moment changes, and ``skipped_steps`` counts it. Of accumulated gradients one such micro-batch takes the others
+        with it. Costs one all-reduce and one wait for the device in each step; every rank has to make each step. A
+        ``GradScaler`` skips overflows by itself, before this is asked, and they are not counted here.
         """
         self._guard.guard(optimizer)
 
@@ -336,7 +336,8 @@ class AnyFlowDistiller:
 
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
         """Write the student, the position in the random streams, the count of skipped steps and what the stage trains
-        besides (the critic and its optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all have to."""
+        besides (the critic and its optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all
+        have to."""
         tensors, metadata = self._stage.state()
         tensors = on_disk(tensors)
         counters = {"step": step, "draws": self.streams.draws, "skipped_steps": self.skipped_steps}
