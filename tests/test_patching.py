@@ -123,6 +123,42 @@ class TestRounding:
         call(model, name, inputs, t, near)
         assert not torch.equal(captured[0], captured[-1])
 
+    @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+    def test_features_are_those_of_the_exact_times(self, name: str) -> None:
+        """The sinusoid of t and of r, against float64, in a bfloat16 model: also where stock divides by 1000."""
+        for exact, rounded in ((937, 936), (833, 832), (750, 752), (998.39, 1000), (978.261, 976)):
+            model = tiny_models.build(name, dtype=torch.bfloat16)
+            anyflow.patch(model)
+            seen: list[Tensor] = []
+            model.time_text_embed.time_proj.register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
+            model.time_text_embed.delta_embedder.linear_1.register_forward_pre_hook(lambda *_: None)  # not fused
+            t, r = (tiny_models.times(name, [value / 1000] * 2) for value in (exact, exact / 2))
+            call(model, name, tiny_models.inputs(name, dtype=torch.bfloat16), t, r)
+
+            def sinusoid(value: float) -> Tensor:
+                angles = value * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+                return torch.cat([angles.cos(), angles.sin()])
+
+            assert (sinusoid(exact) - sinusoid(rounded)).abs().max() > 0.5
+            for value in (exact, exact / 2):
+                # Angles of up to 1000 are float32: 6e-5, twice rounded, and a sigma of 24 bits.
+                assert any((f.double() - sinusoid(value)).abs().max() < 3e-4 and f.dtype == torch.float32 for f in seen)
+
+    def test_small_times_are_times(self) -> None:
+        """0.7 of 1000 is that, and no sigma; a unit time may be a little more than 1."""
+        cases = (("SD3Transformer2DModel", [0.7, 0.4], 1.0), ("FluxTransformer2DModel", [1.0000001, 0.4], 1000.0))
+        for name, times, scale in cases:
+            model = tiny_models.build(name)
+            anyflow.patch(model)
+            seen: list[Any] = []
+            model.time_text_embed.timestep_embedder.register_forward_pre_hook(
+                lambda e, _, seen=seen: seen.append(e._flowmap_call.times[0])
+            )
+            for rows in (1, 2):
+                t = torch.tensor(times[:rows])
+                call(model, name, tiny_models.inputs(name, batch=rows), t, t)
+                assert torch.equal(seen[-1].t, scale * t) and torch.equal(seen[-1].r, scale * t)
+
 
 @pytest.mark.parametrize("name", NAMES)
 class TestAutocast:
