@@ -164,7 +164,7 @@ def test_logs_are_in_sigma() -> None:
 
 
 def test_a_time_that_runs_backwards_is_told_in_training_rollout_and_sampling() -> None:
-    """sigma 0.8 and 0.3 are t = 0.2 and r = 0.7 for Z-Image, for the teacher, for the student and in a sampler's loop."""
+    """sigma 0.8 and 0.3 are t = 0.2 and r = 0.7 for Z-Image, for teacher, student and sampler."""
     name = "ZImageTransformer2DModel"
     model, told = student(name), []
     model.register_forward_pre_hook(lambda _, a, k: told.append((k["t"], k.get("r_timestep"))), with_kwargs=True)
@@ -212,7 +212,7 @@ def test_noise_is_mixed_at_the_sigma_that_the_model_is_told(dtype: torch.dtype, 
     assert prepared["noisy_latents"].dtype == dtype
     if mode == "linear" and dtype == torch.float32:
         assert torch.allclose(prepared["noisy_latents"].double(), exact, rtol=0, atol=1e-6)
-    else:  # Rounded once, from float32, for the model. At sigmas of 8 bits, off by 5e-4, a tenth would be other numbers.
+    else:  # Rounded once, from float32, for the model. Sigmas of 8 bits are off by 5e-4, and a tenth of these.
         assert (prepared["noisy_latents"] != exact.bfloat16()).double().mean() < 2e-3
 
 
