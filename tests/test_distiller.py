@@ -433,6 +433,26 @@ class TestTrainerProtocol:
         for seen in trainer.seen[1::2]:
             assert all(seen[key] is negative[key] for key in negative)
 
+    @pytest.mark.parametrize("mode", ["online_teacher", "meanflow"])
+    def test_no_tensor_of_the_prompt_is_left_without_it(self, mode: str) -> None:
+        """A mask that the negative prompt has not, and what is nested, are in no unconditional call."""
+        trainer = Trainer(student(SD3))
+        config = {**ONLINE, "teacher_guidance_scale": 2.0, "fuse_guidance_scale": 3.0, "schedule_shift": 1.0}
+        distiller = AnyFlowDistiller(trainer, config={**config, "target_mode": mode})
+        negative = batch_for(SD3, seed=5)["conditioning"]
+        nested = {"text_embeds": torch.zeros(2, 3), "time_ids": torch.ones(2, 6)}
+        negative["added_cond_kwargs"] = {"text_embeds": torch.ones(2, 3), "time_ids": torch.ones(2, 6)}
+        batch = {**trainer_batch(), "encoder_attention_mask": torch.ones(2, 12), "added_cond_kwargs": nested}
+        prompt = ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask", "added_cond_kwargs")
+        distiller.prepare_batch({**batch, "r_sigmas": torch.tensor([0.3, 0.0]), "negative_conditioning": negative})
+        conditional = [seen for seen in trainer.seen if seen["encoder_hidden_states"] is batch[prompt[0]]]
+        others = [seen for seen in trainer.seen if seen["encoder_hidden_states"] is negative[prompt[0]]]
+        assert (len(conditional), len(others)) == ((4, 4) if mode == "online_teacher" else (2, 1))
+        assert all(seen[key] is batch[key] for seen in conditional for key in prompt)
+        assert all("encoder_attention_mask" not in seen for seen in others)
+        assert all(seen[key] is negative[key] for seen in others for key in negative)
+        assert set(nested) == {"text_embeds", "time_ids"} and not nested["text_embeds"].any()
+
     def test_own_conversions(self) -> None:
         """A trainer whose model predicts x0 - noise, and says so itself."""
         model = student(SD3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def sites(model: Any) -> tuple[EmbedderSite, ...]:
     return find_spec(type(model).__name__).sites
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 class TestIdentities:
     def test_without_r_the_model_is_stock(self, name: str, dtype: torch.dtype) -> None:
@@ -53,7 +54,7 @@ class TestIdentities:
         assert torch.equal(call(model, name, inputs, t), stock)
 
     def test_gate_zero_is_stock(self, name: str, dtype: torch.dtype) -> None:
-        if name in ROUNDS_TIME and dtype == torch.bfloat16:
+        if name in ROUNDS_TIME and dtype != torch.float32:
             # The stock model sees the rounded time, the patched one the exact one: see TestRounding.
             t_exact = tiny_models.times(name, EXACT_SIGMAS)
         else:
@@ -65,13 +66,15 @@ class TestIdentities:
         assert torch.equal(call(model, name, inputs, t_exact, r), stock)
 
     def test_r_equal_t_with_a_fresh_clone_is_stock(self, name: str, dtype: torch.dtype) -> None:
-        exact = name in ROUNDS_TIME and dtype == torch.bfloat16
+        """And so is an omitted r: a caller who knows nothing of r has the base model, and r = t, to the bit."""
+        exact = name in ROUNDS_TIME and dtype != torch.float32
         model, inputs, _, _ = setup(name, dtype)
         t = tiny_models.times(name, EXACT_SIGMAS if exact else SIGMAS)
         stock = call(model, name, inputs, t)
         for gate in (0.25, 0.3, 1.0):
             anyflow.patch(model, gate_value=gate)
             assert torch.equal(call(model, name, inputs, t, t), stock)
+            assert torch.equal(call(model, name, inputs, t), stock)
 
     @pytest.mark.parametrize("deltatime_type", ["r", "t-r"])
     def test_r_changes_the_output(self, name: str, dtype: torch.dtype, deltatime_type: str) -> None:
@@ -81,6 +84,22 @@ class TestIdentities:
         conditioned = call(model, name, inputs, t, r)
         assert torch.isfinite(conditioned).all()
         assert not torch.equal(conditioned, stock)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_patch_warns_where_it_changes_the_model(name: str) -> None:
+    """With type t-r the copied embedder sees 0 at r = t: another embedding, unless the gate is shut."""
+    for deltatime_type, gate in (("r", 0.25), ("t-r", 0.25), ("t-r", 0.0)):
+        model, inputs, t, _ = setup(name)
+        stock = call(model, name, inputs, t)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            anyflow.patch(model, gate_value=gate, deltatime_type=deltatime_type)
+            anyflow.patch(model, gate_value=gate, deltatime_type=deltatime_type)  # no fresh one: says nothing
+        changes = deltatime_type == "t-r" and gate > 0
+        assert ["changes the model before any training" in str(w.message) for w in caught] == [True] * changes
+        assert torch.equal(call(model, name, inputs, t, t), stock) != changes
+        assert torch.equal(call(model, name, inputs, t), stock)
 
 
 class TestRounding:
