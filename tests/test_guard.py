@@ -19,8 +19,8 @@ CONFIG = {"target_mode": "linear"}
 FAULTS = ("nan gradient", "inf gradient", "nan loss", "inf loss", "inf loss of finite gradients")
 
 
-def made(guarded: bool = True, wrapped: bool = False) -> tuple[AnyFlowDistiller, Any]:
-    distiller = AnyFlowDistiller(protocol.student(protocol.SD3), config=CONFIG)
+def made(guarded: bool = True, wrapped: bool = False, **config: Any) -> tuple[AnyFlowDistiller, Any]:
+    distiller = AnyFlowDistiller(protocol.student(protocol.SD3), config={**CONFIG, **config})
     parameters = [parameter for _, parameter in distiller.trainable_parameters()]
     optimizer: Any = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
     optimizer = Accelerator(cpu=True).prepare(optimizer) if wrapped else optimizer
@@ -75,6 +75,22 @@ def test_moves_nothing_and_is_counted(fault: str, wrapped: bool) -> None:
     assert step(distiller, optimizer)["anyflow_skipped_steps"] == 1
     after = everything(distiller, optimizer)
     assert not same(after, before) and all(weight.isfinite().all() for weight in after[0])
+
+
+@pytest.mark.parametrize("mode", ["online_teacher", "meanflow", "onpolicy"])
+def test_in_every_mode(mode: str) -> None:
+    """One sample of the batch is NaN; the next batch trains on."""
+    distiller, optimizer = made(
+        target_mode=mode, schedule_shift=3.0, fuse_guidance_scale=1.0, teacher_rollout_steps=2, simulation_steps=(2,)
+    )
+    step(distiller, optimizer)
+    before = everything(distiller, optimizer)
+    step(distiller, optimizer, "nan loss")
+    assert same(everything(distiller, optimizer), before) and distiller.skipped_steps == 1
+    logs = step(distiller, optimizer)
+    assert all(value.isfinite() for value in logs.values()) and distiller.skipped_steps == 1
+    assert not same(everything(distiller, optimizer), before)
+    assert all(parameter.isfinite().all() for parameter in distiller.student.bare.parameters())
 
 
 def test_one_micro_batch_takes_the_others_with_it() -> None:
