@@ -269,6 +269,19 @@ def test_times_next_to_zero(sampler: str, dtype: torch.dtype) -> None:
     assert torch.allclose(distiller.prepare_batch(batch)["target"][0].double(), instantaneous[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["online_teacher", "linear"])
+def test_ranks_of_one_context_parallel_group_draw_one_r(mode: str) -> None:
+    """Four processes, two for each sample."""
+    groups = [
+        AnyFlowDistiller(student(SD3), config={**ONLINE, "target_mode": mode}, dp_rank=rank // 2, dp_size=2)
+        for rank in range(4)
+    ]
+    for _ in range(3):
+        drawn = [distiller.prepare_batch(batch_for(SD3))["anyflow_r_sigmas"] for distiller in groups]
+        assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3])
+        assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_separate_teacher_and_full_rank_student() -> None:
     teacher, full = tiny_models.build(SD3), tiny_models.build(SD3, seed=1)
     distiller = AnyFlowDistiller(teacher, student_model=full, config=ONLINE)
