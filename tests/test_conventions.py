@@ -106,8 +106,8 @@ def test_a_stock_pipeline_and_the_training_target_land_on_one_sample(
 
     distiller = anyflow.AnyFlowDistiller(model, copy.deepcopy(model), config={"teacher_rollout_steps": 4})
     native = distiller.teacher.spec.native
-    own = {spec.sample_arg, *spec.time_args, "return_dict", "" if native is None else native.arg}
-    conditioning = {key: value for key, value in flow.given.items() if key not in own}
+    replaced = {spec.sample_arg, *spec.time_args, "return_dict", "" if native is None else native.arg}
+    conditioning = {key: value for key, value in flow.given.items() if key not in replaced}
     rows = len(flow.given[spec.sample_arg])
     x0 = flow.x0.expand(rows, *flow.x0.shape)
     x0 = x0.squeeze(2) if spec.sample_layout == "list" else x0
