@@ -31,6 +31,7 @@ from anyflow.patching.names import CRITIC
 from anyflow.stages import onpolicy
 
 SD3, WAN = "SD3Transformer2DModel", "WanTransformer3DModel"
+SIGNS = {SD3: 1, "ZImageTransformer2DModel": -1}  # +1: the prediction is noise - x0
 NAMES = [name for name in tiny_models.NAMES if name != "WanTransformer3DModel:tokenwise"]
 CONFIG: dict[str, Any] = {
     "target_mode": "onpolicy",
@@ -108,9 +109,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return Seen(monkeypatch)
 
 
-def reference_critic(model: nn.Module) -> Any:
+def reference_critic(model: nn.Module, name: str = SD3) -> Any:
     """The stock model with a stock LoRA of the critic's weights."""
-    stock = tiny_models.build(SD3)
+    stock = tiny_models.build(name)
     stock.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     own = dict(critic_parameters(model))
     with torch.no_grad():
@@ -121,24 +122,32 @@ def reference_critic(model: nn.Module) -> Any:
     return stock
 
 
+def velocity(network: Any, name: str, x: Tensor, s: Tensor, conditioning: Any, r: Tensor | None = None) -> Tensor:
+    """noise - x0, as the network says it: Z-Image says x0 - noise, of a list of samples with one frame."""
+    spec = find_spec(name)
+    latents = list(x.unsqueeze(2).unbind()) if spec.sample_layout == "list" else x
+    times = [tiny_models.times(name, s), None if r is None else tiny_models.times(name, r)]
+    said = tiny_models.call(network, name, {**conditioning, spec.sample_arg: latents}, *times)
+    return SIGNS[name] * said.reshape(x.shape)
+
+
 class TestGeneratorStep:
     @pytest.mark.parametrize("guidance", [1.0, 2.5])
-    def test_loss_and_gradients_are_those_of_the_formulas(self, guidance: float, seen: Seen) -> None:
+    @pytest.mark.parametrize("name", SIGNS)
+    def test_loss_and_gradients_are_those_of_the_formulas(self, name: str, guidance: float, seen: Seen) -> None:
         """The student in plain PyTorch, the base as a stock model, the critic as a stock LoRA."""
-        model, distiller = make(
-            real_guidance_scale=guidance, dmd_weight=0.7, loss_weight=2.0, critic_steps_per_generator_step=0
-        )
-        negative = protocol.batch_for(SD3, seed=5)["conditioning"]
-        batch = {**protocol.batch_for(SD3), "r_sigmas": torch.tensor([0.3, 0.0]), "negative_conditioning": negative}
+        config = {"dmd_weight": 0.7, "loss_weight": 2.0, "critic_steps_per_generator_step": 0}
+        model, distiller = make(name, real_guidance_scale=guidance, **config)
+        negative = protocol.batch_for(name, seed=5)["conditioning"]
+        batch = {**protocol.batch_for(name), "r_sigmas": torch.tensor([0.3, 0.0]), "negative_conditioning": negative}
         loss, _ = distiller.training_step(batch)
         loss.backward()
-        got = {name: p.grad.clone() for name, p in distiller.trainable_parameters() if p.grad is not None}
+        got = {key: p.grad.clone() for key, p in distiller.trainable_parameters() if p.grad is not None}
         for _, parameter in distiller.trainable_parameters():
             parameter.grad = None
 
         def ask(network: Any, x: Tensor, s: Tensor, conditioning: Any, r: Tensor | None = None) -> Tensor:
-            time = {"timestep": 1000 * s} if r is None else {"timestep": 1000 * s, "r_timestep": 1000 * r}
-            return network(hidden_states=x, **conditioning, **time, return_dict=False)[0]
+            return velocity(network, name, x, s, conditioning, r)
 
         positive, column = batch["conditioning"], (-1, 1, 1, 1)
         sigma, r = batch["sigmas"], batch["r_sigmas"]
@@ -153,7 +162,7 @@ class TestGeneratorStep:
         with torch.no_grad():
             s = level.view(column)
             x_s = (1 - s) * x + s * noise
-            base, critic = tiny_models.build(SD3), reference_critic(model)
+            base, critic = tiny_models.build(name), reference_critic(model, name)
             v_real = ask(base, x_s, level, positive)
             if guidance != 1:
                 v_uncond = ask(base, x_s, level, negative)
@@ -166,11 +175,25 @@ class TestGeneratorStep:
 
         # float32 networks on both sides, from states that differ by roundings.
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        exact = {name: p.grad for name, p in distiller.trainable_parameters() if p.grad is not None}
+        exact = {key: p.grad for key, p in distiller.trainable_parameters() if p.grad is not None}
         assert got.keys() == exact.keys()
         largest = max(grad.abs().max().item() for grad in exact.values())
-        for name, grad in exact.items():
-            assert torch.allclose(got[name], grad, rtol=1e-4, atol=1e-5 * largest), name
+        for key, grad in exact.items():
+            assert torch.allclose(got[key], grad, rtol=1e-4, atol=1e-5 * largest), key
+
+    @pytest.mark.parametrize("name", SIGNS)
+    def test_critic_loss_is_that_of_the_formula(self, name: str, seen: Seen) -> None:
+        """Before its first step, on the student's samples."""
+        model, distiller = make(name)
+        critic, batch = reference_critic(model, name), protocol.batch_for(name)
+        logs = distiller.prepare_batch(batch)["anyflow_critic_logs"]
+        ((x, noise, sigma),) = seen.fitting
+        s = sigma.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            v = velocity(critic, name, (1 - s) * x + s * noise, sigma, batch["conditioning"])
+        expected = (v - (noise - x)).square().mean()
+        # float32 networks on both sides, of states that differ by roundings.
+        assert logs["anyflow_critic_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
     def test_gradient_flows_through_every_jump(self, seen: Seen) -> None:
         """Of a matching loss alone, with u in place of the network: the derivative passes through all the jumps."""
@@ -294,6 +317,25 @@ class TestUnconditional:
         given = {t.data_ptr() for t in self.tensors(unconditional["kwargs"])}
         assert {t.data_ptr() for t in self.tensors(negative)} <= given
         assert str(before) == str(negative), "the negative conditioning was changed"
+
+    def test_only_what_the_negative_conditioning_has_reaches_it(self) -> None:
+        """Not the mask that the prompt alone has; nested dicts are passed as they are and stay as they were."""
+        name = "UNet2DConditionModel:sdxl"
+        model, distiller = make(name, real_guidance_scale=3.0)
+        spy, batch = Spy(model), protocol.batch_for(name)
+        batch["conditioning"]["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        batch["negative_conditioning"] = protocol.batch_for(name, seed=5)["conditioning"]
+        roles = ("conditioning", "negative_conditioning")
+        before = [copy.deepcopy(batch[role]) for role in roles]
+        distiller.training_step(batch)
+        conditional, unconditional = (call["kwargs"] for call in spy.by("base"))
+        assert conditional["encoder_attention_mask"] is batch["conditioning"]["encoder_attention_mask"]
+        assert unconditional.keys() == conditional.keys() - {"encoder_attention_mask"}
+        for role, said, was in zip(roles, (conditional, unconditional), before, strict=True):
+            nested = batch[role]["added_cond_kwargs"]
+            assert batch[role].keys() == was.keys() and nested.keys() == was["added_cond_kwargs"].keys()
+            for key, value in was["added_cond_kwargs"].items():
+                assert torch.equal(nested[key], value) and said["added_cond_kwargs"][key] is nested[key]
 
     def test_of_a_trainers_object(self) -> None:
         """A stale mask is dropped, a nested dict is replaced and not changed, and a missing pooled embedding raises."""

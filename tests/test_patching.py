@@ -53,7 +53,8 @@ class TestIdentities:
         perturb_delta(model)
         assert torch.equal(call(model, name, inputs, t), stock)
 
-    def test_gate_zero_is_stock(self, name: str, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("deltatime_type", ["r", "t-r"])
+    def test_gate_zero_is_stock(self, name: str, dtype: torch.dtype, deltatime_type: str) -> None:
         if name in ROUNDS_TIME and dtype != torch.float32:
             # The stock model sees the rounded time, the patched one the exact one: see TestRounding.
             t_exact = tiny_models.times(name, EXACT_SIGMAS)
@@ -61,7 +62,7 @@ class TestIdentities:
             t_exact = tiny_models.times(name, SIGMAS)
         model, inputs, _, r = setup(name, dtype)
         stock = call(model, name, inputs, t_exact)
-        anyflow.patch(model, gate_value=0.0)
+        anyflow.patch(model, gate_value=0.0, deltatime_type=deltatime_type)
         perturb_delta(model)
         assert torch.equal(call(model, name, inputs, t_exact, r), stock)
 
@@ -270,13 +271,27 @@ class TestRestoration:
         anyflow.unpatch(model)
         assert type(model) is stock_class
 
-    def test_idempotent(self, name: str) -> None:
+    @pytest.mark.parametrize("adapter", ["none", "first", "between"])
+    def test_idempotent(self, name: str, adapter: str) -> None:
         model, inputs, t, r = setup(name)
+        lora = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        if adapter == "first":
+            model.add_adapter(lora)
         anyflow.patch(model)
         perturb_delta(model)
-        once, keys = call(model, name, inputs, t, r), list(model.state_dict())
+        if adapter == "between":
+            model.add_adapter(lora)
+        once, keys, parameters = (
+            call(model, name, inputs, t, r),
+            list(model.state_dict()),
+            dict(model.named_parameters()),
+        )
         anyflow.patch(model, gate_value=0.25)
         assert list(model.state_dict()) == keys and torch.equal(call(model, name, inputs, t, r), once)
+        again = dict(model.named_parameters())
+        assert again.keys() == parameters.keys() and all(again[key] is parameters[key] for key in again)
+        deltas = [key for key, _ in anyflow.delta_parameters(model)]
+        assert sorted(deltas) == sorted(key for key in keys if "delta_embedder" in key)
         model.enable_flowmap_time_conditioning(gate_value=0.9, deltatime_type="t-r")
         assert not torch.equal(call(model, name, inputs, t, r), once)
 
