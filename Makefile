@@ -7,9 +7,9 @@ STAMP := $(VENV)/.installed
 
 BENCH ?= runs/bench
 FULL ?=
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
-.PHONY: install test lint demo bench bench-gpu inspect sanitize clean
+.PHONY: install test large lint demo bench bench-gpu inspect sanitize clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ lint: install
 test: lint
 	# One thread for each of the two workers: more would wait for each other.
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -q --durations=15
+
+# More than 2^31 elements: needs 16 GiB of free memory, so it is no part of the tests above.
+large: install
+	$(RUN) -m pytest -q -m large -rs --durations=0 tests/kernels/test_large.py
 
 # The C++ kernels under the address and undefined behaviour sanitizers: every operator test, in a folder of their own.
 sanitize: install

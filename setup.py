@@ -8,17 +8,23 @@ when it cannot build.
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 NAME = "anyflow_kernels._C"
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+CUDA_SOURCES = sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(kind))
+CUDA_HEADERS = sorted(str(path) for kind in ("*.h", "*.cuh") for path in Path("csrc/cuda").glob(kind))
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")  # those of them that nvcc knows, unless TORCH_CUDA_ARCH_LIST is set
 
 
 OPTIONS = {
@@ -37,30 +43,58 @@ def build_mode() -> str:
 def missing() -> str | None:
     """What the build lacks, as far as can be seen without importing torch."""
     if importlib.util.find_spec("torch") is None:
-        return "torch is not installed here (pip install --no-build-isolation uses that of the environment)"
+        return "the build saw no torch (pip install --no-build-isolation shows it that of the environment)"
     compiler = os.environ.get("CXX", "c++" if os.name == "posix" else "cl").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
     return None
 
 
+def leave_word(command: build_py | build_ext, reason: str | None) -> None:
+    """Of why there is no library, where it would be: pip shows nothing of a build that succeeds, describe() does."""
+    in_place = command.editable_mode or getattr(command, "inplace", False)
+    note = Path("" if in_place else command.build_lib, "anyflow_kernels", "_C.txt")
+    note.unlink(missing_ok=True)
+    if reason is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(reason + "\n")
+
+
+class Python(build_py):
+    def run(self) -> None:
+        super().run()
+        leave_word(self, NOT_REQUESTED)
+
+
 class Build(build_ext):
     """Hands over to torch's own command, which is found only now."""
 
+    tried_cuda = False
+
     def run(self) -> None:
         try:
-            self._build()
+            try:
+                self._build(cuda=True)
+            except (Exception, SystemExit) as error:
+                if build_mode() == "1" or not self.tried_cuda:
+                    raise
+                print(f"anyflow_kernels: the CUDA kernels were not built: {error}", file=sys.stderr)
+                self._build(cuda=False)
+            leave_word(self, None)
         except (Exception, SystemExit) as error:
             if build_mode() == "1":
                 raise
-            print(f"anyflow_kernels: the C++ kernels were not built: {type(error).__name__}: {error}", file=sys.stderr)
+            reason = f"{type(error).__name__}: {error}"
+            print(f"anyflow_kernels: the C++ kernels were not built: {reason}", file=sys.stderr)
+            leave_word(self, f"the build failed, pip install -v shows how ({reason.splitlines()[0]})")
             self.extensions = self.distribution.ext_modules = []
 
-    def _build(self) -> None:
+    def _build(self, cuda: bool) -> None:
         import torch
         from torch.utils.cpp_extension import BuildExtension
 
-        self.distribution.ext_modules = [extension(torch)]
+        self.tried_cuda = cuda and torch.version.cuda is not None
+        self.distribution.ext_modules = [extension(torch, cuda_flags(torch) if self.tried_cuda else [])]
         command = BuildExtension(self.distribution)
         for option in ("inplace", "editable_mode", "build_lib", "build_temp", "debug", "parallel", "plat_name"):
             setattr(command, option, getattr(self, option))
@@ -68,8 +102,9 @@ class Build(build_ext):
         command.run()
 
 
-def extension(torch: Any) -> Extension:
-    from torch.utils.cpp_extension import CppExtension
+def extension(torch: Any, cuda: list[str]) -> Extension:
+    """``cuda``: the architectures, as flags of nvcc; empty: without the CUDA kernels."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     instructions = instruction_set(torch)
     defines = [
@@ -78,29 +113,55 @@ def extension(torch: Any) -> Extension:
         (f"CPU_CAPABILITY_{instructions}", None),
         ("ANYFLOW_CPU", f'"{instructions}"'),
         ("ANYFLOW_TORCH", f'"{torch.__version__}"'),
+        ("ANYFLOW_SCHEMAS", f'"{schemas()}"'),
     ]
     if os.name == "nt":
         options = ["/O2", "/openmp"] + ([f"/arch:{instructions}"] if instructions in OPTIONS else [])
         return CppExtension(NAME, SOURCES, define_macros=defines, extra_compile_args=options, depends=HEADERS)
     # GCC 12 takes the operand that AVX-512's intrinsics leave undefined for one that was forgotten.
-    warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+    warnings = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     options = ["-O3", *warnings, "-fvisibility=hidden", *OPTIONS.get(instructions, ())]
     linked = [] if sys.platform == "darwin" else ["-fopenmp"]  # of the same runtime as torch, whose threads it shares
     if os.environ.get("ANYFLOW_SANITIZE") == "1":  # csrc/sanitize.sh
         options += ["-O1", "-g", "-Werror"]
         linked += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    built = CppExtension(
+    if cuda:
+        names = re.findall(r",code=(\w+)", " ".join(cuda))
+        defines.append(("ANYFLOW_CUDA", f'"{" ".join(names)}"'))
+    built = (CUDAExtension if cuda else CppExtension)(
         NAME,
-        SOURCES,
+        SOURCES + (CUDA_SOURCES if cuda else []),
         define_macros=defines,
-        extra_compile_args=options + linked,
+        extra_compile_args={"cxx": options + linked, "nvcc": ["-O3", *cuda]},
         extra_link_args=linked,
-        depends=HEADERS,
+        depends=HEADERS + (CUDA_HEADERS if cuda else []),
     )
     # torch's headers do not meet -Wextra: system headers are not warned about.
-    built.extra_compile_args += [f"-isystem{path}" for path in built.include_dirs]
+    built.extra_compile_args["cxx"] += [f"-isystem{path}" for path in built.include_dirs]
+    built.extra_compile_args["nvcc"] += [f"-I{path}" for path in built.include_dirs]
     built.include_dirs = []
     return built
+
+
+def cuda_flags(torch: Any) -> list[str]:
+    """Empty, and said, where there is no toolkit that fits torch's CUDA."""
+    from torch.utils.cpp_extension import CUDA_HOME, _get_cuda_arch_flags
+
+    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME or "", "bin"))
+    lacking = f"torch is built for CUDA {torch.version.cuda}"
+    if nvcc is None:
+        lacking += ", but there is no toolkit of it (nvcc; CUDA_HOME says where)"
+    else:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        version = ".".join(re.findall(r"release (\d+)\.(\d+)", said)[0])
+        if version.split(".")[0] == torch.version.cuda.split(".")[0]:
+            known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+            listed = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(listed) + "+PTX")
+            return _get_cuda_arch_flags()
+        lacking += f", but nvcc is of CUDA {version}"
+    print(f"anyflow_kernels: no CUDA kernels, only those for the CPU: {lacking}", file=sys.stderr)
+    return []
 
 
 def instruction_set(torch: Any) -> str:
@@ -109,16 +170,27 @@ def instruction_set(torch: Any) -> str:
     return capability if capability in OPTIONS else "DEFAULT"
 
 
-def requested() -> list[Extension]:
+def schemas() -> str:
+    """What anyflow_kernels/_native.py calls the schemas for which its kernels are written."""
+    (found,) = re.findall(r'^SCHEMAS = "(\w+)"$', Path("anyflow_kernels/_native.py").read_text(), flags=re.MULTILINE)
+    return str(found)
+
+
+def not_requested() -> str | None:
+    """Why no extension is to be built; None when one is."""
     if build_mode() == "0":
-        return []
+        return "ANYFLOW_BUILD_EXT=0"
     lacking = missing()
-    if lacking is None:
-        return [Extension(NAME, SOURCES, depends=HEADERS)]
-    if build_mode() == "1":
-        sys.exit(f"ANYFLOW_BUILD_EXT=1: {lacking}")
-    print(f"anyflow_kernels: the C++ kernels are not built: {lacking}", file=sys.stderr)
-    return []
+    if lacking is not None:
+        if build_mode() == "1":
+            sys.exit(f"ANYFLOW_BUILD_EXT=1: {lacking}")
+        print(f"anyflow_kernels: the C++ kernels are not built: {lacking}", file=sys.stderr)
+    return lacking
 
 
-setup(ext_modules=requested(), cmdclass={"build_ext": Build})
+NOT_REQUESTED = not_requested()
+
+setup(
+    ext_modules=[] if NOT_REQUESTED else [Extension(NAME, SOURCES, depends=HEADERS)],
+    cmdclass={"build_py": Python, "build_ext": Build},
+)

@@ -1,13 +1,15 @@
 """The operator namespace, and the choice of a backend for each operator and device.
 
 The PyTorch dispatcher is the dispatch mechanism. Every operator has one schema, defined next to its public function,
-and one kernel per dispatch key. Where the compiled extension is loaded, its kernels are under the CPU key before the
-schema is defined; ``define`` puts a Python kernel, which runs the preferred backend of that device, under the keys that
-are left. ``use_backend`` lays another kernel over them for the length of a ``with`` block.
+and one kernel per dispatch key. Where the compiled extension is loaded, its kernels are under their keys before the
+schema is defined; where they are not what runs by default, ``define`` lays a Python kernel over them, or under the key
+that is left, which runs the preferred backend of that device. ``use_backend`` lays another kernel over that for the
+length of a ``with`` block.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
@@ -15,8 +17,8 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 BACKENDS = ("reference", "triton", "native")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
-PREFERRED = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}  # the first that can runs by default
+PREFERRED = {  # the first that can runs by default
+    "cpu": ("native", "reference"),
+    "cuda": ("triton", "native", "reference"),
+}
 
 _MINIMUM_TRITON = (3, 5)
 _MINIMUM_CAPABILITY = (8, 0)
@@ -39,12 +44,16 @@ _MINIMUM_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: its name and, per backend, the function (or ``module:function``, imported at first use)."""
+    """One operator: its name and, per backend, the function (or ``module:function``, imported at first use); per device
+    type, the compiled kernel."""
 
     name: str
     implementations: dict[str, Callable[..., Any] | str]
+    compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
-    def implementation(self, backend: str) -> Callable[..., Any]:
+    def implementation(self, backend: str, device_type: str = "") -> Callable[..., Any]:
+        if backend == "native":
+            return self.compiled[device_type]
         found = self.implementations[backend]
         if isinstance(found, str):
             module, _, function = found.partition(":")
@@ -66,24 +75,33 @@ def define(
     implementations: dict[str, Callable[..., Any] | str],
     autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> None:
-    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel under the keys without a compiled one.
+    """Define ``anyflow_kernels::name``, its fake kernel, and a Python kernel for the devices where no compiled one is
+    the default.
 
     ``autograd``: setup_context and backward, as ``torch.library.register_autograd`` takes them; for the builds without
     the compiled one, which costs a call less.
     """
     operator = Operator(name, implementations)
     _operators[name] = operator
+    qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    if _native.extension is not None:
-        with suppress(RuntimeError):  # an extension built before the operator was written
-            operator.implementations["native"] = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CPU").call_boxed
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
     for device_type, key in DEVICES.items():
-        if why_not("native", device_type, operator) is not None:
-            LIBRARY.impl(name, _default_kernel(operator, device_type), key)
-    if autograd is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Autograd"):
+        if _native.extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+            kernel = torch.library.get_kernel(qualified, key)  # kept under what is laid over it
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            operator.compiled[device_type] = functools.partial(kernel.call_boxed, keys)
+        if PREFERRED[device_type][0] != "native" or device_type not in operator.compiled:
+            _lay(LIBRARY, name, _default_kernel(operator, device_type), key)
+    if autograd is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Autograd"):
         setup_context, backward = autograd
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _lay(library: torch.library.Library, name: str, kernel: Callable[..., Any], key: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # over another one on purpose
+        library.impl(name, kernel, key, allow_override=True)
 
 
 def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
@@ -91,13 +109,13 @@ def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
     if device_type == "cpu":
         return reference
 
-    usable: bool | None = None  # asked at the first call: the answer costs more than a launch
+    runs: str | None = None  # asked at the first call: the answer costs more than a launch
 
     def kernel(*arguments: Any) -> Any:
-        nonlocal usable
-        if usable is None:
-            usable = why_not("triton", device_type, operator) is None
-        if usable and ("triton", device_type) not in _failures:
+        nonlocal runs
+        if runs is None or (runs, device_type) in _failures:
+            runs = _runs_by_default(operator, device_type)
+        if runs == "triton":
             try:
                 with torch.cuda.device(_device_of(arguments)):
                     return operator.implementation("triton")(*arguments)
@@ -105,12 +123,13 @@ def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
                 raise
             except Exception as error:  # a Triton without a working compiler or driver shows only at the first launch
                 _failures["triton", device_type] = f"gave up after {type(error).__name__}: {error}"
+                runs = _runs_by_default(operator, device_type)
                 warnings.warn(
-                    f"anyflow_kernels: the Triton kernel of {operator.name} failed, the reference takes over: {error}",
+                    f"anyflow_kernels: the Triton kernel of {operator.name} failed, the {runs} takes over: {error}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        return reference(*arguments)
+        return operator.implementation(runs, device_type)(*arguments)
 
     return kernel
 
@@ -124,12 +143,13 @@ def why_not(backend: str, device_type: str, operator: Operator) -> str | None:
     if backend == "native":
         if _native.extension is None:
             return _native.about
-        if device_type == "cuda":
+        if device_type == "cuda" and not _native.extension.cuda_architectures:
             return "no CUDA kernels were compiled"
+        if device_type not in operator.compiled:
+            return "not in this build"
+        return None if device_type == "cpu" else _native.why_not_on_this_gpu()
     if backend not in operator.implementations:
-        return "not in this build" if backend == "native" else "not implemented"
-    if backend == "native":
-        return None
+        return "not implemented"
     if backend == "reference":
         return None
     if ("triton", device_type) in _failures:
@@ -199,15 +219,10 @@ def _lay_over() -> None:
     (name,) = _forced[-1]
     overlay = torch.library.Library(NAMESPACE, "IMPL")
     _overlay.append(overlay)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the overlay is on purpose
-        for operator in _operators.values():
-            for device_type, key in DEVICES.items():
-                if device_type == "cpu" and name == _runs_by_default(operator, device_type):
-                    continue
-                kernel = _forced_kernel(operator, name, device_type)
-                boxed = kernel is operator.implementations.get("native")  # takes the dispatch keys first
-                overlay.impl(operator.name, kernel, key, with_keyset=boxed, allow_override=True)
+    for operator in _operators.values():
+        for device_type, key in DEVICES.items():
+            if device_type != "cpu" or name != _runs_by_default(operator, device_type):
+                _lay(overlay, operator.name, _forced_kernel(operator, name, device_type), key)
 
 
 def _runs_by_default(operator: Operator, device_type: str) -> str:
@@ -225,8 +240,8 @@ def _forced_kernel(operator: Operator, backend: str, device_type: str) -> Callab
             )
 
         return refuse
-    implementation = operator.implementation(backend)
-    if device_type == "cpu":
+    implementation = operator.implementation(backend, device_type)
+    if device_type == "cpu" or backend == "native":  # which sees to the device itself
         return implementation
 
     def kernel(*arguments: Any) -> Any:

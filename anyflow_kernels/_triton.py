@@ -8,10 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._library import over
+from ._tuning import size_of, tuned
 
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
-BLOCK = 1024
-NUM_WARPS = 4
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Of an operator that goes over its elements."""
+
+    block: int = 1024  # elements of a program
+    num_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Tiling:
     inner: int
     tile_rows: int
     tile_columns: int
+    num_warps: int
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -39,14 +47,14 @@ class Tiling:
     def options(self) -> dict:
         return {
             # Two divisions by row: in 64 bits only where 32 do not hold the row.
-            "INDEX": tl.int32 if self.row_count + BLOCK < 2**31 else tl.int64,
+            "INDEX": tl.int32 if self.row_count + self.tile_rows < 2**31 else tl.int64,
             "TILE_ROWS": self.tile_rows,
             "TILE_COLUMNS": self.tile_columns,
-            "num_warps": NUM_WARPS,
+            "num_warps": self.num_warps,
         }
 
 
-def launch_config(shape: torch.Size, times_shape: torch.Size) -> Tiling | None:
+def launch_config(shape: torch.Size, times_shape: torch.Size, config: LaunchConfig = LaunchConfig()) -> Tiling | None:
     """None when the times do not vary as (outer, broadcast, inner, broadcast)."""
     runs: list[tuple[bool, int]] = []  # adjacent dimensions of one kind: (times vary along it, its length)
     for size, times in zip(shape, times_shape, strict=True):
@@ -65,10 +73,10 @@ def launch_config(shape: torch.Size, times_shape: torch.Size) -> Tiling | None:
     if len(lengths) <= 2:
         lengths = [lengths[0], 1, 1, *lengths[1:]]
     outer, middle, frames, inner = (*lengths, 1, 1)[:4]
-    columns = min(BLOCK, triton.next_power_of_2(inner))
+    columns = min(config.block, triton.next_power_of_2(inner))
     while columns > 128 and 8 * triton.cdiv(inner, columns) * columns > 9 * inner:  # more than an eighth is padding
         columns //= 2
-    return Tiling(outer * middle * frames, middle, frames, inner, BLOCK // columns, columns)
+    return Tiling(outer * middle * frames, middle, frames, inner, config.block // columns, columns, config.num_warps)
 
 
 @triton.jit
@@ -92,22 +100,24 @@ def tile(
     return offset, row_mask[:, None] & (column < inner)[None, :], time, row_mask
 
 
-def rows_of(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
+def rows_of(operator: str, shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
     """How a tensor of this shape lies under its times; and the times, one value for each row or element."""
+    config = tuned(operator, size_of(shape.numel()), LaunchConfig(), times[0].device)
     times = torch.broadcast_tensors(*over(shape, *times))
-    tiling = launch_config(shape, times[0].shape)
+    tiling = launch_config(shape, times[0].shape, config)
     if tiling is None:
         times = tuple(time.expand(shape) for time in times)
-        tiling = launch_config(shape, shape)
+        tiling = launch_config(shape, shape, config)
     return tiling, [time.contiguous() for time in times]
 
 
-def rows_of_samples(shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
+def rows_of_samples(operator: str, shape: torch.Size, *times: Tensor) -> tuple[Tiling, list[Tensor]]:
     """The same for one sample of many: the tiling is that of a sample, the times are those of all."""
+    config = tuned(operator, size_of(shape.numel()), LaunchConfig(), times[0].device)
     times = torch.broadcast_tensors(*over(shape, *times))
-    tiling = launch_config(shape[1:], times[0].shape[1:])
+    tiling = launch_config(shape[1:], times[0].shape[1:], config)
     rows = shape if tiling is None else (shape[0], *times[0].shape[1:])
-    tiling = launch_config(shape[1:], shape[1:]) if tiling is None else tiling
+    tiling = launch_config(shape[1:], shape[1:], config) if tiling is None else tiling
     return tiling, [time.expand(rows).contiguous() for time in times]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = [str(HERE / name) for name in ("bench_operators.py", "bench_end_to_end.py")]
+FILES = [str(HERE / name) for name in ("bench_operators.py", "bench_overhead.py", "bench_end_to_end.py")]
 
 
 def main(arguments: list[str]) -> int:

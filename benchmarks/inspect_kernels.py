@@ -1,6 +1,7 @@
-"""Compiles every Triton kernel for NVIDIA GPUs, on a machine without one, and reports what it uses.
+"""Compiles every Triton kernel, and where there is nvcc every CUDA kernel, for NVIDIA GPUs, on a machine without one,
+and reports what it uses.
 
-    python benchmarks/inspect_kernels.py [--targets 80 90 100] [--only SUBSTRING] [--out FOLDER]
+    python benchmarks/inspect_kernels.py [--targets 80 90 100] [--kernels triton cuda] [--only SUBSTRING] [--out FOLDER]
 
 The launchers run on tensors of the meta device at the sizes of real models; what they would launch is recorded, with
 the specialisations that Triton would derive, and compiled. For each kernel and target: registers a thread, bytes of
@@ -42,6 +43,7 @@ from anyflow_kernels.flowmap_loss import kernels as flowmap_loss
 from anyflow_kernels.gate_blend import kernels as gate_blend
 from anyflow_kernels.interval_inputs import kernels as interval_inputs
 from anyflow_kernels.rollout_step import kernels as rollout_step
+from benchmarks import inspect_cuda
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default until triton 3.9, which warns that it will change
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -315,8 +317,8 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         return ", ".join(f"{count} x {width}" for width, count in counts.items())
 
     lines = [
-        f"triton {triton.__version__}. Measured: what the compiler made. Modelled: occupancy; bytes over the floor, of "
-        "all launches of the operator's call.",
+        f"triton {triton.__version__}, {inspect_cuda.versions()}. Measured: what the compiler made. Modelled: "
+        "occupancy; bytes over the floor, of all launches of the operator's call.",
         "",
         "| case | kernel | target | registers | spilled | stack | shared | loads (bytes wide) | stores | programs | "
         "occupancy | launches | bytes / floor |",
@@ -338,10 +340,15 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--kernels", nargs="+", default=["triton", "cuda"], choices=["triton", "cuda"])
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, help="write kernels.json and kernels.md there")
     arguments = parser.parse_args()
-    entries = list(report(arguments.targets, arguments.only))
+    entries = list(report(arguments.targets, arguments.only)) if "triton" in arguments.kernels else []
+    if "cuda" in arguments.kernels:
+        for entry in inspect_cuda.report(arguments.targets, arguments.only):
+            capability, warps = int(entry["target"].removeprefix("sm_")), entry["threads"] // 32
+            entries.append({**entry, "occupancy": occupancy(capability, entry["registers"], entry["shared"], warps)})
     if arguments.out is None:
         print(json.dumps(entries, indent=1))
     else:

@@ -35,7 +35,8 @@ def versions() -> dict[str, str]:
 def write(session: Session, output_json: dict[str, Any]) -> None:
     commit = output_json["commit_info"]
     gpu = session.device == "cuda"
-    results = [entry["extra_info"] for entry in output_json["benchmarks"] if "variants" in entry["extra_info"]]
+    reported = [entry["extra_info"] for entry in output_json["benchmarks"]]
+    results = [record for record in reported if "variants" in record]
     modelled = "gb_per_s and share_of_copy_bandwidth count the floor's bytes; flops and bytes_over_floor are counted"
     document = {
         "commit": commit.get("id"),
@@ -53,6 +54,7 @@ def write(session: Session, output_json: dict[str, Any]) -> None:
         + (" by operator" if gpu else ", and so are launches: what PyTorch or Inductor would launch"),
         **session.roofs,
         "results": results,
+        "overhead": [record for record in reported if record.get("kind") == "overhead"],
         "refused": session.refused,
     }
     (session.out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -78,6 +80,13 @@ def summary(document: dict[str, Any]) -> str:
         what = f"{result.get('operator', 'distillation step')}, {result['model']}, {result['mode']}"
         for name, found in result["variants"].items():
             lines.append(f"| {what} | {name} | " + " | ".join(_cells(found)) + " |")
+    if document["overhead"]:
+        names = document["overhead"][0]["us"]
+        lines += ["", "Microseconds of a call that has next to nothing to compute, medians of interleaved rounds.", ""]
+        lines += [f"| what | backend | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for record in document["overhead"]:
+        medians = " | ".join(f"{found['median']:.2f}" for found in record["us"].values())
+        lines.append(f"| {record['operator']}, {record['mode']} | {record['backend']} | {medians} |")
     lines += [f"REFUSED {entry['what']}, {entry['mode']}: {entry['why']}" for entry in document["refused"]]
     return "\n".join(lines) + "\n"
 

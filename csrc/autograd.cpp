@@ -181,11 +181,222 @@ Four rollout_step(
   return {results[0], results[1], results[2], results[3]};
 }
 
+// ---- interval_inputs
+
+using IntervalInputsSignature = Four(
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, ScalarType);
+using IntervalInputsBackwardSignature = std::tuple<Tensor, Tensor>(
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+    const OptionalTensor&, const OptionalTensor&, ScalarType, ScalarType);
+
+template <class... Arguments>
+Four call_interval_inputs(const Arguments&... arguments) {
+  static const auto operation = find<IntervalInputsSignature>("anyflow_kernels::interval_inputs");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return operation.call(arguments...);
+}
+
+struct IntervalInputs : public Function<IntervalInputs> {
+  static variable_list forward(
+      AutogradContext* context,
+      const Tensor& x0,
+      const Tensor& noise,
+      const Tensor& sigma,
+      const OptionalTensor& sigma_plus,
+      const OptionalTensor& sigma_minus,
+      ScalarType model_dtype) {
+    auto [x, x_plus, x_minus, velocity] =
+        call_interval_inputs(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
+    context->save_for_backward({sigma, or_undefined(sigma_plus), or_undefined(sigma_minus)});
+    context->saved_data["x0_dtype"] = x0.scalar_type();
+    context->saved_data["noise_dtype"] = noise.scalar_type();
+    context->set_materialize_grads(false);
+    if (!sigma_plus) {
+      context->mark_non_differentiable({x_plus, x_minus});
+    }
+    return {x, x_plus, x_minus, velocity};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto operation = find<IntervalInputsBackwardSignature>("anyflow_kernels::interval_inputs_backward");
+    variable_list results(6); // one for each argument of forward
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined() && !grads[3].defined()) {
+      return results;
+    }
+    const auto saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    std::tie(results[0], results[1]) = operation.call(
+        or_none(grads[0]), or_none(grads[1]), or_none(grads[2]), or_none(grads[3]), saved[0], or_none(saved[1]),
+        or_none(saved[2]), data["x0_dtype"].toScalarType(), data["noise_dtype"].toScalarType());
+    return results;
+  }
+};
+
+Four interval_inputs(
+    const Tensor& x0,
+    const Tensor& noise,
+    const Tensor& sigma,
+    const OptionalTensor& sigma_plus,
+    const OptionalTensor& sigma_minus,
+    ScalarType model_dtype) {
+  if (!wants_gradient({&x0, &noise})) {
+    return call_interval_inputs(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
+  }
+  auto results = IntervalInputs::apply(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
+  return {results[0], results[1], results[2], results[3]};
+}
+
+// ---- flowmap_loss
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using FlowmapLossSignature = Three(
+    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const Tensor&, double, int64_t, bool);
+using FlowmapLossBackwardSignature = Tensor(
+    const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, double, int64_t, ScalarType);
+
+template <class... Arguments>
+Three call_flowmap_loss(const Arguments&... arguments) {
+  static const auto operation = find<FlowmapLossSignature>("anyflow_kernels::flowmap_loss");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return operation.call(arguments...);
+}
+
+struct FlowmapLoss : public Function<FlowmapLoss> {
+  static variable_list forward(
+      AutogradContext* context,
+      const Tensor& prediction,
+      const Tensor& target_velocity,
+      const OptionalTensor& uncond_prediction,
+      const OptionalTensor& u_plus,
+      const OptionalTensor& u_minus,
+      const OptionalTensor& interval,
+      const OptionalTensor& gap,
+      const Tensor& weight,
+      double guidance_scale,
+      int64_t sign,
+      bool need_residual) {
+    auto [loss, unweighted, residual] = call_flowmap_loss(
+        prediction, target_velocity, uncond_prediction, u_plus, u_minus, interval, gap, weight, guidance_scale, sign,
+        need_residual);
+    context->save_for_backward({residual, weight});
+    context->saved_data["guidance_scale"] = guidance_scale;
+    context->saved_data["sign"] = sign;
+    context->saved_data["dtype"] = prediction.scalar_type();
+    context->set_materialize_grads(false);
+    context->mark_non_differentiable({residual});
+    return {loss, unweighted, residual};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto operation = find<FlowmapLossBackwardSignature>("anyflow_kernels::flowmap_loss_backward");
+    variable_list results(11); // one for each argument of forward
+    if (!grads[0].defined() && !grads[1].defined()) {
+      return results;
+    }
+    const auto saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    results[0] = operation.call(
+        or_none(grads[0]), or_none(grads[1]), saved[0], saved[1], data["guidance_scale"].toDouble(),
+        data["sign"].toInt(), data["dtype"].toScalarType());
+    return results;
+  }
+};
+
+Three flowmap_loss(
+    const Tensor& prediction,
+    const Tensor& target_velocity,
+    const OptionalTensor& uncond_prediction,
+    const OptionalTensor& u_plus,
+    const OptionalTensor& u_minus,
+    const OptionalTensor& interval,
+    const OptionalTensor& gap,
+    const Tensor& weight,
+    double guidance_scale,
+    int64_t sign,
+    bool need_residual) {
+  if (!wants_gradient({&prediction})) {
+    return call_flowmap_loss(
+        prediction, target_velocity, uncond_prediction, u_plus, u_minus, interval, gap, weight, guidance_scale, sign,
+        need_residual);
+  }
+  auto results = FlowmapLoss::apply(
+      prediction, target_velocity, uncond_prediction, u_plus, u_minus, interval, gap, weight, guidance_scale, sign,
+      need_residual);
+  return {results[0], results[1], results[2]};
+}
+
+// ---- dmd_gradient
+
+using Two = std::tuple<Tensor, Tensor>;
+using DmdGradientSignature = Two(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, int64_t);
+using DmdGradientBackwardSignature = Tensor(const Tensor&, const Tensor&, ScalarType);
+
+template <class... Arguments>
+Two call_dmd_gradient(const Arguments&... arguments) {
+  static const auto operation = find<DmdGradientSignature>("anyflow_kernels::dmd_gradient");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return operation.call(arguments...);
+}
+
+struct DmdGradient : public Function<DmdGradient> {
+  static variable_list forward(
+      AutogradContext* context,
+      const Tensor& x,
+      const Tensor& sigma,
+      const Tensor& x_sigma,
+      const Tensor& real_velocity,
+      const Tensor& fake_velocity,
+      const OptionalTensor& uncond_real_velocity,
+      double guidance_scale,
+      int64_t sign) {
+    auto [loss, gradient] = call_dmd_gradient(
+        x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity, guidance_scale, sign);
+    context->save_for_backward({gradient});
+    context->saved_data["dtype"] = x.scalar_type();
+    context->set_materialize_grads(false);
+    context->mark_non_differentiable({gradient});
+    return {loss, gradient};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto operation = find<DmdGradientBackwardSignature>("anyflow_kernels::dmd_gradient_backward");
+    variable_list results(8); // one for each argument of forward
+    if (grads[0].defined()) {
+      results[0] = operation.call(
+          grads[0], context->get_saved_variables()[0], context->saved_data["dtype"].toScalarType());
+    }
+    return results;
+  }
+};
+
+Two dmd_gradient(
+    const Tensor& x,
+    const Tensor& sigma,
+    const Tensor& x_sigma,
+    const Tensor& real_velocity,
+    const Tensor& fake_velocity,
+    const OptionalTensor& uncond_real_velocity,
+    double guidance_scale,
+    int64_t sign) {
+  if (!wants_gradient({&x})) {
+    return call_dmd_gradient(
+        x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity, guidance_scale, sign);
+  }
+  auto results = DmdGradient::apply(
+      x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity, guidance_scale, sign);
+  return {results[0], results[1]};
+}
+
 } // namespace
 
 TORCH_LIBRARY_IMPL(anyflow_kernels, Autograd, m) {
   m.impl("gate_blend", &gate_blend);
   m.impl("rollout_step", &rollout_step);
+  m.impl("interval_inputs", &interval_inputs);
+  m.impl("flowmap_loss", &flowmap_loss);
+  m.impl("dmd_gradient", &dmd_gradient);
 }
 
 } // namespace anyflow

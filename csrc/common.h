@@ -132,15 +132,31 @@ Lanes<Acc> silu_derivative(const Lanes<Acc>& x) {
   return s * fma(x, one - s, one);
 }
 
-// In a fixed order.
+template <class Acc>
+Lanes<Acc> abs(const Lanes<Acc>& x) {
+  return {x.low.abs(), x.high.abs()};
+}
+
+template <class Acc>
+bool all_zero(const Lanes<Acc>& x) {
+  using Vector = typename Lanes<Acc>::Vector;
+  constexpr unsigned all = (1u << Vector::size()) - 1;
+  return unsigned(x.low.zero_mask()) == all && unsigned(x.high.zero_mask()) == all;
+}
+
+// x, but zero where `by` is, whatever x is there.
+template <class Acc>
+Lanes<Acc> zero_where_zero(const Lanes<Acc>& by, const Lanes<Acc>& x) {
+  using Vector = typename Lanes<Acc>::Vector;
+  const Vector zero(Acc(0));
+  return {Vector::blendv(x.low, zero, by.low == zero), Vector::blendv(x.high, zero, by.high == zero)};
+}
+
+// In a fixed order, by halves.
 template <class Acc>
 Acc sum(const Lanes<Acc>& x) {
-  Acc values[Lanes<Acc>::Vector::size()], total = 0;
-  (x.low + x.high).store(values);
-  for (const Acc value : values) {
-    total += value;
-  }
-  return total;
+  using Vector = typename Lanes<Acc>::Vector;
+  return at::vec::vec_reduce_all<Acc>([](Vector& a, Vector& b) { return a + b; }, x.low + x.high);
 }
 
 // How many values of a Lanes are read or written; Full is all of them, known to the compiler.

@@ -28,6 +28,12 @@ void for_parallel(int64_t size, int64_t work, F&& f) {
   });
 }
 
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int TILE_ROWS = 4; // as many as leave room for their sums in the registers
+#else
+constexpr int TILE_ROWS = 2;
+#endif
+
 // out[m, n] of ROWS rows and COLUMNS columns = a[m, :] . w[n, :] + bias[n]
 template <class Acc, class T, int ROWS, int COLUMNS>
 void dot_tile(Acc* out, const Acc* a, const T* w, const T* bias, int64_t stride, int64_t terms) {
@@ -57,10 +63,10 @@ void dot_tile(Acc* out, const Acc* a, const T* w, const T* bias, int64_t stride,
 template <class Acc, class T, int COLUMNS>
 void dot_columns(Acc* out, const Acc* a, const T* w, const T* bias, int64_t rows, int64_t stride, int64_t terms) {
   int64_t m = 0;
-  for (; m + 2 <= rows; m += 2) {
-    dot_tile<Acc, T, 2, COLUMNS>(out + m * stride, a + m * terms, w, bias, stride, terms);
+  for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
+    dot_tile<Acc, T, TILE_ROWS, COLUMNS>(out + m * stride, a + m * terms, w, bias, stride, terms);
   }
-  if (m < rows) {
+  for (; m < rows; ++m) {
     dot_tile<Acc, T, 1, COLUMNS>(out + m * stride, a + m * terms, w, bias, stride, terms);
   }
 }

@@ -1,11 +1,16 @@
 // anyflow_kernels._C: importing it registers the kernels; its attributes say how they were built.
 #include <pybind11/pybind11.h>
 
+#ifndef ANYFLOW_CUDA
+#define ANYFLOW_CUDA "" // architectures, as nvcc calls them
+#endif
+
 namespace {
 
-// Read from the file before it is loaded: a library made for another torch, or for instructions that this processor
-// lacks, may not survive loading.
-[[gnu::used]] constexpr char STAMP[] = "anyflow_kernels built for torch " ANYFLOW_TORCH " on " ANYFLOW_CPU;
+// Read from the file before it is loaded: a library made for another torch, for instructions that this processor lacks,
+// or for other schemas may not survive loading.
+[[gnu::used]] constexpr char STAMP[] =
+    "anyflow_kernels built for torch " ANYFLOW_TORCH " on " ANYFLOW_CPU " with schemas " ANYFLOW_SCHEMAS;
 
 } // namespace
 
@@ -20,5 +25,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "unknown";
 #endif
-  m.attr("cuda_architectures") = pybind11::make_tuple();
+  m.attr("cuda_architectures") = pybind11::tuple(pybind11::str(ANYFLOW_CUDA).attr("split")());
 }

@@ -1,94 +1,17 @@
 // x' = x + (sigma_next - sigma) v,  average' = average + weight v,  v = sign (v_u + guidance_scale (v_c - v_u))
-#include "common.h"
+#include "times.h"
 
 #include <tuple>
-#include <utility>
-#include <vector>
 
 namespace anyflow {
 namespace {
 
-// With as many dimensions as x: one element, or [B] with ones behind.
-Tensor over(at::IntArrayRef shape, const Tensor& time) {
-  if (time.dim() == int64_t(shape.size())) {
-    return time;
-  }
-  std::vector<int64_t> sizes(shape.size(), 1);
-  if (time.numel() != 1) {
-    sizes[0] = time.size(0);
-  }
-  return time.reshape(sizes);
-}
-
-// The times under x: rows of `inner` elements share one. Where rows would be shorter than a vector, every element has
-// its own.
-struct Times {
-  Tensor sigma, sigma_next, weight; // one value for each row
-  int64_t inner;
-
-  Times(at::IntArrayRef shape, const Tensor& sigma, const Tensor& sigma_next, const Tensor& weight, ScalarType dtype) {
-    constexpr int64_t shortest = 2 * Lanes<float>::size;
-    const Tensor laid = over(shape, sigma);
-    inner = 1;
-    int64_t kept = int64_t(shape.size());
-    while (kept > 0 && laid.size(kept - 1) == 1) {
-      inner *= shape[--kept];
-    }
-    if (inner < shortest && kept > 0) {
-      inner = 1;
-      kept = int64_t(shape.size());
-    }
-    std::vector<int64_t> rows(shape.begin(), shape.end());
-    std::fill(rows.begin() + kept, rows.end(), 1);
-    const auto in_rows = [&](const Tensor& given) {
-      const Tensor time = over(shape, given);
-      return ready(time.sizes() == at::IntArrayRef(rows) ? time : time.expand(rows), dtype);
-    };
-    this->sigma = in_rows(sigma);
-    this->sigma_next = in_rows(sigma_next);
-    this->weight = in_rows(weight);
-  }
-};
+// sigma, sigma_next and weight, and what a step takes of them: sigma_next - sigma and weight.
+using StepTimes = Times<3>;
 
 template <class Acc>
-struct TimeData {
-  const Acc *sigma, *sigma_next, *weight;
-  int64_t inner;
-
-  explicit TimeData(const Times& times)
-      : sigma(times.sigma.const_data_ptr<Acc>()),
-        sigma_next(times.sigma_next.const_data_ptr<Acc>()),
-        weight(times.weight.const_data_ptr<Acc>()),
-        inner(times.inner) {}
-
-  // f(from, size, coefficients) for the pieces of [begin, end) that lie in one row; coefficients(i, count) gives
-  // sigma_next - sigma and weight at the elements from + i.
-  template <class F>
-  void for_rows(int64_t begin, int64_t end, F&& f) const {
-    if (inner == 1) {
-      return f(begin, end - begin, [this, begin](int64_t i, auto count) {
-        return std::pair(
-            load_lanes<Acc>(sigma_next + begin + i, count) - load_lanes<Acc>(sigma + begin + i, count),
-            load_lanes<Acc>(weight + begin + i, count));
-      });
-    }
-    for (int64_t row = begin / inner; begin < end; ++row) {
-      const int64_t next = std::min(end, (row + 1) * inner);
-      const std::pair values(Lanes<Acc>(sigma_next[row] - sigma[row]), Lanes<Acc>(weight[row]));
-      f(begin, next - begin, [&values](int64_t, auto) { return values; });
-      begin = next;
-    }
-  }
-};
-
-template <class Acc, class T>
-Lanes<Acc> load_or_zero(const T* from, int64_t at, int64_t i, auto count) {
-  return from ? load_lanes<Acc>(from + at + i, count) : Lanes<Acc>(Acc(0));
-}
-
-template <class T>
-Output<T> output_at(T* data, int64_t at, bool stream) {
-  return Output<T>(data ? data + at : nullptr, stream);
+std::pair<Lanes<Acc>, Lanes<Acc>> coefficients(const std::array<Lanes<Acc>, 3>& times) {
+  return {times[1] - times[0], times[2]};
 }
 
 struct Forward {
@@ -96,9 +19,9 @@ struct Forward {
   Tensor x, average, velocity, uncond; // undefined: absent
 
   template <class X, class V>
-  void run(const Times& times, double guidance, int64_t sign) {
+  void run(const StepTimes& times, double guidance, int64_t sign) {
     using Acc = Accumulator<V>;
-    const TimeData<Acc> time(times);
+    const auto time = times.data<Acc>();
     Acc* const x_out = data_or_null<Acc>(new_x);
     Acc* const average_out = new_average.data_ptr<Acc>();
     V* const input_out = data_or_null<V>(model_input);
@@ -109,19 +32,19 @@ struct Forward {
     const Lanes<Acc> scale(static_cast<Acc>(guidance)), direction(static_cast<Acc>(sign));
     const bool stream = new_average.numel() * int64_t(3 * sizeof(Acc) + sizeof(X) + 3 * sizeof(V)) > STREAM_FROM;
     for_chunks(new_average.numel(), [&](int64_t begin, int64_t end) {
-      time.for_rows(begin, end, [&](int64_t at, int64_t size, auto coefficients) {
+      times.for_rows(time, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const auto to_x = output_at(x_out, at, stream);
         const auto to_average = output_at(average_out, at, stream);
         const auto to_input = output_at(input_out, at, stream);
         for_lanes<Acc>(size, [&](int64_t i, auto count) {
-          const auto [step, weight] = coefficients(i, count);
+          const auto [step, weight] = at_times(i, count);
           Lanes<Acc> v = load_lanes<Acc>(v_in + at + i, count);
           if (u_in) {
             const Lanes<Acc> u = load_lanes<Acc>(u_in + at + i, count);
             v = fma(scale, v - u, u);
           }
           v = direction * v;
-          store_lanes(fma(weight, v, load_or_zero<Acc>(average_in, at, i, count)), to_average, i, count);
+          store_lanes(fma(weight, v, load_or_zero<Acc>(average_in, at + i, count)), to_average, i, count);
           if (to_x) {
             const Lanes<Acc> moved = fma(step, v, load_lanes<Acc>(x_in + at + i, count));
             store_lanes(moved, to_x, i, count);
@@ -140,9 +63,9 @@ struct Backward {
   Tensor grad_x, grad_average, grad_input; // undefined: zero
 
   template <class X, class V>
-  void run(const Times& times, double guidance, int64_t sign) {
+  void run(const StepTimes& times, double guidance, int64_t sign) {
     using Acc = Accumulator<V>;
-    const TimeData<Acc> time(times);
+    const auto time = times.data<Acc>();
     X* const dx_out = grad_x_out.data_ptr<X>();
     V* const dv_out = grad_velocity.data_ptr<V>();
     V* const du_out = data_or_null<V>(grad_uncond);
@@ -153,15 +76,15 @@ struct Backward {
     const Lanes<Acc> scale(static_cast<Acc>(du_out ? guidance : 1.0)), rest(static_cast<Acc>(1.0 - guidance));
     const bool stream = grad_velocity.numel() * int64_t(2 * sizeof(Acc) + sizeof(X) + 3 * sizeof(V)) > STREAM_FROM;
     for_chunks(grad_velocity.numel(), [&](int64_t begin, int64_t end) {
-      time.for_rows(begin, end, [&](int64_t at, int64_t size, auto coefficients) {
+      times.for_rows(time, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const auto to_x = output_at(dx_out, at, stream);
         const auto to_v = output_at(dv_out, at, stream);
         const auto to_u = output_at(du_out, at, stream);
         for_lanes<Acc>(size, [&](int64_t i, auto count) {
-          const auto [step, weight] = coefficients(i, count);
-          const Lanes<Acc> dx = load_or_zero<Acc>(gx, at, i, count) + load_or_zero<Acc>(gi, at, i, count);
+          const auto [step, weight] = at_times(i, count);
+          const Lanes<Acc> dx = load_or_zero<Acc>(gx, at + i, count) + load_or_zero<Acc>(gi, at + i, count);
           store_lanes(dx, to_x, i, count);
-          const Lanes<Acc> dv = direction * fma(weight, load_or_zero<Acc>(ga, at, i, count), step * dx);
+          const Lanes<Acc> dv = direction * fma(weight, load_or_zero<Acc>(ga, at + i, count), step * dx);
           store_lanes(scale * dv, to_v, i, count);
           if (to_u) {
             store_lanes(rest * dv, to_u, i, count);
@@ -174,7 +97,7 @@ struct Backward {
 
 // The state is in the accumulator's dtype or, at the start of a rollout, in the model's.
 template <class Kernel>
-void run(Kernel& kernel, ScalarType state, ScalarType model, const Times& times, double guidance, int64_t sign) {
+void run(Kernel& kernel, ScalarType state, ScalarType model, const StepTimes& times, double guidance, int64_t sign) {
   with_dtype(model, [&]<class V>(V) {
     if (state == model) {
       kernel.template run<V, V>(times, guidance, sign);
@@ -236,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
       kernel.model_input = empty(x.sizes(), model, x);
     }
   }
-  run(kernel, state, model, Times(x.sizes(), sigma, sigma_next, weight, accumulate), guidance_scale, sign);
+  run(kernel, state, model, StepTimes(x.sizes(), {sigma, sigma_next, weight}, accumulate), guidance_scale, sign);
   if (last) {
     return {empty({0}, accumulate, x), kernel.new_average, empty({0}, model_dtype, x), sigma_next.new_empty({0})};
   }
@@ -292,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
   if (grad_input) {
     kernel.grad_input = ready(*grad_input, model);
   }
-  run(kernel, state, model, Times(velocity.sizes(), sigma, sigma_next, weight, accumulate), guidance_scale, sign);
+  run(kernel, state, model, StepTimes(velocity.sizes(), {sigma, sigma_next, weight}, accumulate), guidance_scale, sign);
   return {
       cast(kernel.grad_x_out, x_dtype),
       cast(kernel.grad_velocity, velocity.scalar_type()),

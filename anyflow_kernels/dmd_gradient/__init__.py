@@ -91,10 +91,13 @@ def _backward_fake(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> T
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 8
     (gradient,) = ctx.saved_tensors
     return torch.ops.anyflow_kernels.dmd_gradient_backward.default(grad_loss, gradient, ctx.dtype), *(None,) * 7
 

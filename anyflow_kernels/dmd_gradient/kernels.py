@@ -154,7 +154,7 @@ def dmd_gradient(
         return torch.zeros(shape[0], dtype=accumulate, device=device), gradient
     loss = torch.empty(shape[0], dtype=accumulate, device=device)
     normaliser = torch.empty_like(loss)
-    tiling, rows = rows_of_samples(shape, sigma)
+    tiling, rows = rows_of_samples("dmd_gradient", shape, sigma)
     programs = shape[0] * tiling.programs
     scores = (
         real_velocity.contiguous(),
@@ -183,7 +183,7 @@ def dmd_gradient_backward(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtyp
     shape = gradient.shape
     grad_x = torch.empty(shape, dtype=dtype, device=gradient.device)
     if grad_x.numel() > 0:
-        tiling, _ = rows_of_samples(shape, grad_loss)
+        tiling, _ = rows_of_samples("dmd_gradient", shape, grad_loss)
         _dmd_gradient_bwd_kernel[(shape[0] * tiling.programs,)](
             grad_x,
             grad_loss.contiguous(),

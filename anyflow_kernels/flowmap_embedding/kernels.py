@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._library import accumulation_dtype
 from .._triton import ACCUMULATOR, arrival_counters
+from .._tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -901,7 +902,11 @@ def _plan(
     matrices = [w for w in weights if w is not None]
     accumulate = accumulation_dtype(*matrices)
     widest = max((w.dtype for w in matrices), key=lambda dtype: dtype.itemsize)
-    return accumulate, launch_config(rows, max(base_hidden, delta_hidden), channels, widest)
+    config = launch_config(rows, max(base_hidden, delta_hidden), channels, widest)
+    if widest != torch.float64:  # for which nothing is tuned
+        size = "small" if config.one_launch else "medium" if rows <= 16 else "large"
+        config = tuned("flowmap_embedding", size, config, matrices[0].device)
+    return accumulate, config
 
 
 def _common_times(t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,8 +106,8 @@ def _fake(
 
 
 def _backward_fake(
-    grad_loss: Tensor,
-    grad_unweighted: Tensor,
+    grad_loss: Tensor | None,
+    grad_unweighted: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     guidance_scale: float,
@@ -121,10 +121,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     prediction, *_, weight, guidance_scale, sign, _ = inputs
     ctx.save_for_backward(output[2], weight)
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
     ctx.guidance_scale, ctx.sign, ctx.dtype = guidance_scale, sign, prediction.dtype
 
 
-def _backward(ctx: Any, grad_loss: Tensor, grad_unweighted: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_unweighted: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_loss is None and grad_unweighted is None:
+        return (None,) * 11
     residual, weight = ctx.saved_tensors
     grad = torch.ops.anyflow_kernels.flowmap_loss_backward.default(
         grad_loss, grad_unweighted, residual, weight, ctx.guidance_scale, ctx.sign, ctx.dtype
@@ -143,7 +146,7 @@ _library.define(
 )
 _library.define(
     "flowmap_loss_backward",
-    "(Tensor grad_loss, Tensor grad_unweighted, Tensor residual, Tensor weight, float guidance_scale, int sign, "
+    "(Tensor? grad_loss, Tensor? grad_unweighted, Tensor residual, Tensor weight, float guidance_scale, int sign, "
     "ScalarType dtype) -> Tensor",
     fake=_backward_fake,
     implementations={

@@ -96,10 +96,14 @@ def _flowmap_loss_bwd_kernel(
     sample, _, offset, mask, time, time_mask = tile_of_sample(
         row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS
     )
-    weight = tl.load(weight_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)
-    weight = weight * tl.load(grad_loss_ptr + sample) + tl.load(grad_unweighted_ptr + sample)
-    weight *= tl.full((), factor, ACCUMULATE)
-    grad = weight[:, None] * tl.load(residual_ptr + offset, mask=mask, other=0.0)
+    scale = tl.zeros((TILE_ROWS,), ACCUMULATE)
+    if grad_loss_ptr is not None:
+        weight = tl.load(weight_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)
+        scale += weight * tl.load(grad_loss_ptr + sample)
+    if grad_unweighted_ptr is not None:
+        scale += tl.load(grad_unweighted_ptr + sample)
+    scale *= tl.full((), factor, ACCUMULATE)
+    grad = scale[:, None] * tl.load(residual_ptr + offset, mask=mask, other=0.0)
     tl.store(grad_prediction_ptr + offset, grad.to(grad_prediction_ptr.dtype.element_ty), mask=mask)
 
 
@@ -125,7 +129,7 @@ def flowmap_loss(
     loss = torch.empty(shape[0], dtype=accumulate, device=device)
     unweighted = torch.empty(shape[0], dtype=accumulate, device=device)
     times = [time for time in (interval, gap, weight) if time is not None]
-    tiling, rows = rows_of_samples(shape, *times)
+    tiling, rows = rows_of_samples("flowmap_loss", shape, *times)
     programs = shape[0] * tiling.programs
     _flowmap_loss_fwd_kernel[(programs,)](
         loss,
@@ -149,8 +153,8 @@ def flowmap_loss(
 
 
 def flowmap_loss_backward(
-    grad_loss: Tensor,
-    grad_unweighted: Tensor,
+    grad_loss: Tensor | None,
+    grad_unweighted: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     guidance_scale: float,
@@ -160,11 +164,10 @@ def flowmap_loss_backward(
     shape = residual.shape
     grad = torch.empty(shape, dtype=dtype, device=residual.device)
     if grad.numel() > 0:
-        tiling, rows = rows_of_samples(shape, weight)
+        tiling, rows = rows_of_samples("flowmap_loss", shape, weight)
         _flowmap_loss_bwd_kernel[(shape[0] * tiling.programs,)](
             grad,
-            grad_loss.contiguous(),
-            grad_unweighted.contiguous(),
+            *(None if g is None else g.contiguous() for g in (grad_loss, grad_unweighted)),
             residual.contiguous(),
             *rows,
             2 * sign / guidance_scale / (tiling.row_count * tiling.inner),

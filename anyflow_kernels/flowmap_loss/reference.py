@@ -40,8 +40,8 @@ def flowmap_loss(
 
 
 def flowmap_loss_backward(
-    grad_loss: Tensor,
-    grad_unweighted: Tensor,
+    grad_loss: Tensor | None,
+    grad_unweighted: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     guidance_scale: float,
@@ -49,7 +49,11 @@ def flowmap_loss_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     rows = (-1,) + (1,) * (residual.ndim - 1)
-    (weight,) = over(residual.shape, weight.to(residual.dtype))
-    factor = weight * grad_loss.view(rows) + grad_unweighted.view(rows)
+    factor = residual.new_zeros(())
+    if grad_loss is not None:
+        (weight,) = over(residual.shape, weight.to(residual.dtype))
+        factor = factor + weight * grad_loss.view(rows)
+    if grad_unweighted is not None:
+        factor = factor + grad_unweighted.view(rows)
     factor = factor * (2 * sign / guidance_scale / max(1, per_sample(residual).shape[1]))
     return (factor * residual).to(dtype).contiguous()

@@ -1,23 +1,13 @@
 """Triton kernels of ``gate_blend`` and their launchers."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._library import accumulation_dtype
-from .._triton import ACCUMULATOR
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    block: int = 1024
-    num_warps: int = 4
-
-
-CONFIG = LaunchConfig()
+from .._triton import ACCUMULATOR, LaunchConfig
+from .._tuning import size_of, tuned
 
 
 @triton.jit
@@ -57,19 +47,24 @@ def _gate_blend_bwd_kernel(
         tl.store(partial_ptr + program, tl.sum(dy * (d - e), axis=0))
 
 
+def _config(base: Tensor) -> LaunchConfig:
+    return tuned("gate_blend", size_of(base.numel()), LaunchConfig(), base.device)
+
+
 def gate_blend(base: Tensor, delta: Tensor, gate: Tensor) -> Tensor:
     y = torch.empty_like(base, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    _gate_blend_fwd_kernel[(triton.cdiv(y.numel(), CONFIG.block),)](
+    config = _config(base)
+    _gate_blend_fwd_kernel[(triton.cdiv(y.numel(), config.block),)](
         y,
         base.contiguous(),
         delta.contiguous(),
         gate,
         y.numel(),
         ACCUMULATE=ACCUMULATOR[accumulation_dtype(base, delta)],
-        BLOCK=CONFIG.block,
-        num_warps=CONFIG.num_warps,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
     )
     return y
 
@@ -83,7 +78,8 @@ def gate_blend_backward(
     if numel == 0:
         return grad_base, grad_delta, gate.new_zeros(gate.shape)
     accumulate = accumulation_dtype(base, delta)
-    programs = triton.cdiv(numel, CONFIG.block)
+    config = _config(base)
+    programs = triton.cdiv(numel, config.block)
     partial = torch.empty(programs, dtype=accumulate, device=base.device) if need_gate else None
     _gate_blend_bwd_kernel[(programs,)](
         grad_base,
@@ -95,8 +91,8 @@ def gate_blend_backward(
         gate,
         numel,
         ACCUMULATE=ACCUMULATOR[accumulate],
-        BLOCK=CONFIG.block,
-        num_warps=CONFIG.num_warps,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
     )
     grad_gate = gate.new_zeros(gate.shape) if partial is None else partial.sum().to(gate.dtype).reshape(gate.shape)
     return grad_base, grad_delta, grad_gate

@@ -80,20 +80,21 @@ def _fake(
 
 
 def _backward_fake(
-    grad_x: Tensor,
+    grad_x: Tensor | None,
     grad_plus: Tensor | None,
     grad_minus: Tensor | None,
-    grad_velocity: Tensor,
+    grad_velocity: Tensor | None,
     sigma: Tensor,
     sigma_plus: Tensor | None,
     sigma_minus: Tensor | None,
     x0_dtype: torch.dtype,
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    like = next(grad for grad in (grad_x, grad_plus, grad_minus, grad_velocity) if grad is not None)
     contiguous = torch.contiguous_format
     return (
-        torch.empty_like(grad_velocity, dtype=x0_dtype, memory_format=contiguous),
-        torch.empty_like(grad_velocity, dtype=noise_dtype, memory_format=contiguous),
+        torch.empty_like(like, dtype=x0_dtype, memory_format=contiguous),
+        torch.empty_like(like, dtype=noise_dtype, memory_format=contiguous),
     )
 
 
@@ -130,7 +131,7 @@ _library.define(
 )
 _library.define(
     "interval_inputs_backward",
-    "(Tensor grad_x, Tensor? grad_plus, Tensor? grad_minus, Tensor grad_velocity, Tensor sigma, Tensor? sigma_plus, "
+    "(Tensor? grad_x, Tensor? grad_plus, Tensor? grad_minus, Tensor? grad_velocity, Tensor sigma, Tensor? sigma_plus, "
     "Tensor? sigma_minus, ScalarType x0_dtype, ScalarType noise_dtype) -> (Tensor, Tensor)",
     fake=_backward_fake,
     implementations={

@@ -49,14 +49,6 @@ def _interval_inputs_fwd_kernel(
 
 
 @triton.jit
-def _load_gradient(grad_ptr, sigma_ptr, offset, mask, time, time_mask, ACCUMULATE: tl.constexpr):
-    """What the input at sigma adds to the gradients of x0 and of the noise."""
-    sigma = tl.load(sigma_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
-    return (1 - sigma) * grad, sigma * grad
-
-
-@triton.jit
 def _interval_inputs_bwd_kernel(
     grad_x0_ptr,
     grad_noise_ptr,
@@ -79,18 +71,26 @@ def _interval_inputs_bwd_kernel(
     offset, mask, time, time_mask = tile(
         tl.program_id(0), row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS
     )
-    dnoise = tl.load(grad_velocity_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
-    dx0 = -dnoise
-    of_x0, of_noise = _load_gradient(grad_x_ptr, sigma_ptr, offset, mask, time, time_mask, ACCUMULATE)
-    dx0 += of_x0
-    dnoise += of_noise
-    if sigma_plus_ptr is not None:
-        of_x0, of_noise = _load_gradient(grad_plus_ptr, sigma_plus_ptr, offset, mask, time, time_mask, ACCUMULATE)
-        dx0 += of_x0
-        dnoise += of_noise
-        of_x0, of_noise = _load_gradient(grad_minus_ptr, sigma_minus_ptr, offset, mask, time, time_mask, ACCUMULATE)
-        dx0 += of_x0
-        dnoise += of_noise
+    dnoise = tl.zeros((TILE_ROWS, TILE_COLUMNS), ACCUMULATE)
+    dx0 = tl.zeros((TILE_ROWS, TILE_COLUMNS), ACCUMULATE)
+    if grad_velocity_ptr is not None:
+        dnoise += tl.load(grad_velocity_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
+        dx0 -= dnoise
+    if grad_x_ptr is not None:
+        sigma = tl.load(sigma_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
+        grad = tl.load(grad_x_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
+        dx0 += (1 - sigma) * grad
+        dnoise += sigma * grad
+    if grad_plus_ptr is not None:
+        sigma = tl.load(sigma_plus_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
+        grad = tl.load(grad_plus_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
+        dx0 += (1 - sigma) * grad
+        dnoise += sigma * grad
+    if grad_minus_ptr is not None:
+        sigma = tl.load(sigma_minus_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
+        grad = tl.load(grad_minus_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
+        dx0 += (1 - sigma) * grad
+        dnoise += sigma * grad
     tl.store(grad_x0_ptr + offset, dx0.to(grad_x0_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_noise_ptr + offset, dnoise.to(grad_noise_ptr.dtype.element_ty), mask=mask)
 
@@ -109,7 +109,7 @@ def interval_inputs(
     inputs = [torch.empty(x0.shape, dtype=model_dtype, device=x0.device) for _ in sigmas]
     absent = [torch.empty(0, dtype=model_dtype, device=x0.device) for _ in range(3 - len(sigmas))]
     if x0.numel() > 0:
-        tiling, rows = rows_of(x0.shape, *sigmas)
+        tiling, rows = rows_of("interval_inputs", x0.shape, *sigmas)
         missing = [None] * len(absent)
         _interval_inputs_fwd_kernel[(tiling.programs,)](
             *inputs,
@@ -127,23 +127,22 @@ def interval_inputs(
 
 
 def interval_inputs_backward(
-    grad_x: Tensor,
+    grad_x: Tensor | None,
     grad_plus: Tensor | None,
     grad_minus: Tensor | None,
-    grad_velocity: Tensor,
+    grad_velocity: Tensor | None,
     sigma: Tensor,
     sigma_plus: Tensor | None,
     sigma_minus: Tensor | None,
     x0_dtype: torch.dtype,
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    shape, device = grad_velocity.shape, grad_velocity.device
-    grad_x0 = torch.empty(shape, dtype=x0_dtype, device=device)
-    grad_noise = torch.empty(shape, dtype=noise_dtype, device=device)
-    if grad_velocity.numel() > 0:
+    grads = (grad_x, grad_plus, grad_minus, grad_velocity)
+    like = next(grad for grad in grads if grad is not None)
+    grad_x0, grad_noise = (torch.empty(like.shape, dtype=d, device=like.device) for d in (x0_dtype, noise_dtype))
+    if like.numel() > 0:
         sigmas = [s for s in (sigma, sigma_plus, sigma_minus) if s is not None]
-        tiling, rows = rows_of(shape, *sigmas)
-        grads = (grad_x, grad_plus, grad_minus, grad_velocity)
+        tiling, rows = rows_of("interval_inputs", like.shape, *sigmas)
         _interval_inputs_bwd_kernel[(tiling.programs,)](
             grad_x0,
             grad_noise,
@@ -151,7 +150,7 @@ def interval_inputs_backward(
             *rows,
             *[None] * (3 - len(rows)),
             *tiling.sizes,
-            ACCUMULATE=ACCUMULATOR[grad_velocity.dtype],
+            ACCUMULATE=ACCUMULATOR[accumulation_dtype(grad_x0, grad_noise)],
             **tiling.options,
         )
     return grad_x0, grad_noise

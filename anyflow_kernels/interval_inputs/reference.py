@@ -29,22 +29,23 @@ def interval_inputs(
 
 
 def interval_inputs_backward(
-    grad_x: Tensor,
+    grad_x: Tensor | None,
     grad_plus: Tensor | None,
     grad_minus: Tensor | None,
-    grad_velocity: Tensor,
+    grad_velocity: Tensor | None,
     sigma: Tensor,
     sigma_plus: Tensor | None,
     sigma_minus: Tensor | None,
     x0_dtype: torch.dtype,
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    accumulate = grad_velocity.dtype
-    grad_noise = grad_velocity
-    grad_x0 = -grad_velocity
+    accumulate = torch.float64 if torch.float64 in (x0_dtype, noise_dtype) else torch.float32
+    zero = sigma.new_zeros((), dtype=accumulate)
+    grad_noise = zero if grad_velocity is None else grad_velocity.to(accumulate)
+    grad_x0 = -grad_noise
     for grad, s in ((grad_x, sigma), (grad_plus, sigma_plus), (grad_minus, sigma_minus)):
         if grad is not None and s is not None:
             g, (s,) = grad.to(accumulate), over(grad.shape, s.to(accumulate))
             grad_x0 = grad_x0 + (1 - s) * g
             grad_noise = grad_noise + s * g
-    return grad_x0.to(x0_dtype).contiguous(), grad_noise.to(noise_dtype).contiguous()
+    return grad_x0.to(x0_dtype).contiguous(), (grad_noise + zero).to(noise_dtype).contiguous()

@@ -150,7 +150,7 @@ def rollout_step(
             model_input,
             model_time if last else (time_scale * sigma_next + time_offset).contiguous(),
         )
-    tiling, rows = rows_of(shape, sigma, sigma_next, weight)
+    tiling, rows = rows_of("rollout_step", shape, sigma, sigma_next, weight)
     times = sigma_next.contiguous()
     _rollout_step_fwd_kernel[(tiling.programs,)](
         None if last else new_x,
@@ -197,7 +197,7 @@ def rollout_step_backward(
     du = None if uncond_velocity is None else torch.empty_like(uncond_velocity, memory_format=contiguous)
 
     if velocity.numel() > 0:
-        tiling, rows = rows_of(velocity.shape, sigma, sigma_next, weight)
+        tiling, rows = rows_of("rollout_step", velocity.shape, sigma, sigma_next, weight)
         _rollout_step_bwd_kernel[(tiling.programs,)](
             dx,
             dv,

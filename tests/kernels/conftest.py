@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Iterator
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -14,20 +15,24 @@ from anyflow_kernels import _library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AVAILABLE = [b for b in _library.BACKENDS if _library.why_not(b, DEVICE, _library._operators["gate_blend"]) is None]
+CUDA_ON_HOST = "cuda on host"  # the CUDA kernels, compiled for the CPU
+SIMULATED = [CUDA_ON_HOST] if DEVICE == "cpu" and cuda_on_host.COMPILER else []
 
 
-@pytest.fixture(params=AVAILABLE)
+@pytest.fixture(params=AVAILABLE + SIMULATED)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that runs on this machine's GPU, or on its CPU where it has none, one after the other."""
-    with torch.device(DEVICE), anyflow_kernels.use_backend(request.param), _poisoned(request.param):
-        yield request.param
+    name = request.param
+    chosen = cuda_on_host.installed() if name == CUDA_ON_HOST else anyflow_kernels.use_backend(name)
+    with torch.device(DEVICE), chosen, _poisoned(name):
+        yield name
 
 
 @contextlib.contextmanager
 def _poisoned(backend: str) -> Iterator[None]:
     """Memory that the C++ kernels allocate is NaN until they write it."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or backend == "native")
+    torch.use_deterministic_algorithms(before or backend in ("native", CUDA_ON_HOST))
     yield
     torch.use_deterministic_algorithms(before)
 

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from samples import OPERATORS, sample_inputs
 
 import anyflow_kernels
-from anyflow_kernels import _library, use_backend
+from anyflow_kernels import _library, _native, use_backend
 
 ROOT = Path(__file__).parents[2]
 needs_interpreter = pytest.mark.skipif(
@@ -198,3 +200,90 @@ def test_without_triton_the_reference_runs(broken: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", _library.ENVIRONMENT_VARIABLE)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment, timeout=120)
+
+
+@pytest.fixture
+def with_cuda_kernels(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extension had been built with CUDA kernels."""
+    built = types.SimpleNamespace(cuda_architectures=("sm_80", "sm_90"))
+    monkeypatch.setattr(_native, "extension", built)
+
+
+@pytest.mark.usefixtures("with_cuda_kernels")
+def test_the_cuda_kernels_come_after_triton_and_before_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, x = _fake_operator(lambda x: x + 2), torch.ones(2)
+    operator.compiled["cuda"] = lambda x: x + 3
+    monkeypatch.setattr(_library, "_operators", {"fake": operator})
+    assert _library._default_kernel(operator, "cuda")(x).tolist() == [3.0, 3.0]
+    (line,) = (x for x in anyflow_kernels.describe().splitlines() if x.split()[1] == "cuda")
+    assert line.split()[2] == "triton" and "native: available" in line
+    assert _library._forced_kernel(operator, "native", "cuda")(x).tolist() == [4.0, 4.0]
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # which Triton's kernels were not verified on
+    assert _library._default_kernel(operator, "cuda")(x).tolist() == [4.0, 4.0]
+    del operator.compiled["cuda"]
+    assert _library._default_kernel(operator, "cuda")(x).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.usefixtures("with_cuda_kernels")
+def test_the_cuda_kernels_take_over_when_triton_fails() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise OSError("no C compiler")
+
+    operator, x = _fake_operator(broken), torch.ones(2)
+    operator.compiled["cuda"] = lambda x: x + 3
+    kernel = _library._default_kernel(operator, "cuda")
+    with pytest.warns(RuntimeWarning, match="kernel of fake failed, the native takes over: no C compiler"):
+        assert kernel(x).tolist() == [4.0, 4.0]
+    assert kernel(x).tolist() == [4.0, 4.0]
+
+
+@pytest.mark.usefixtures("with_cuda_kernels")
+def test_cuda_kernels_for_another_gpu_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = _fake_operator(None)
+    operator.compiled["cuda"] = lambda x: x + 3
+    assert _library.why_not("native", "cuda", operator) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    expected = "compiled for sm_80, sm_90, but GPU 0 has compute capability 7.5"
+    assert _library.why_not("native", "cuda", operator) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _library.why_not("native", "cuda", operator) == "no GPU"
+    _native.extension.cuda_architectures = ()
+    assert _library.why_not("native", "cuda", operator) == "no CUDA kernels were compiled"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs_on", "not_on"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("sm_86", [(8, 6)], [(8, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("compute_90", [(9, 0), (10, 0), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_which_gpu_runs_what(architecture: str, runs_on: list[tuple[int, int]], not_on: list[tuple[int, int]]) -> None:
+    assert all(_native._fits(architecture, capability) for capability in runs_on)
+    assert not any(_native._fits(architecture, capability) for capability in not_on)
+
+
+@pytest.mark.usefixtures("with_cuda_kernels")
+def test_the_default_is_laid_over_a_compiled_cuda_kernel_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension's kernels are under the CUDA key before Python defines the operator."""
+    name, x = "defined_for_this_test", torch.ones(2)
+    compiled = torch.library.Library(_library.NAMESPACE, "IMPL")
+    compiled.impl(name, lambda x: x + 3, "CUDA")
+    monkeypatch.setattr(_library, "_operators", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _library.define(
+            name,
+            "(Tensor x) -> Tensor",
+            fake=torch.empty_like,
+            implementations={"reference": lambda x: x + 1, "triton": lambda x: x + 2},
+        )
+    default = torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", "CUDA")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    assert default.call_boxed(keys, x).tolist() == [3.0, 3.0]
+    assert _library._operators[name].compiled["cuda"](x).tolist() == [4.0, 4.0]
+    assert "cpu" not in _library._operators[name].compiled

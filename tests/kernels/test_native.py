@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -13,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import OPERATORS, outputs_and_gradients, sample_inputs
+from samples import OPERATORS, Sample, outputs_and_gradients, sample_inputs
 
 import anyflow_kernels
 from anyflow_kernels import _library, _native
@@ -24,9 +27,12 @@ needs_extension = pytest.mark.skipif(
 )
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SEVERAL_CHUNKS: dict[str, dict[str, Any]] = {
-    "gate_blend": {"size": (3, 30011)},
-    "rollout_step": {"size": (3, 2, 7, 2003), "times": (3, 1, 7, 1)},
+    "gate_blend": {"size": (3, 40009)},
+    "rollout_step": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
     "flowmap_embedding": {"rows": (35,), "channels": 130, "hidden": (260, 390), "width": 267},
+    "interval_inputs": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
+    "flowmap_loss": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
+    "dmd_gradient": {"size": (3, 2, 7, 3001), "times": (3, 1, 7, 1)},
 }
 
 
@@ -60,7 +66,7 @@ def threads() -> Iterator[None]:
 
 @needs_extension
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, BF16), (F64, F64)], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_threads_change_nothing(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     results = []
@@ -75,29 +81,38 @@ def test_threads_change_nothing(operator: str, dtypes: tuple[torch.dtype, torch.
             assert torch.equal(found, expected)
 
 
+def _rowwise(sample: Sample) -> list[torch.Tensor]:
+    """Results and gradients that have a part for each row of the inputs."""
+    with anyflow_kernels.use_backend("native"):
+        grads = [torch.ones_like(o) for o in sample.run(**sample.tensors) if o.requires_grad]
+        outputs, gradients = outputs_and_gradients(sample, sample.run, grads)
+    return [*outputs, *(gradient for name, gradient in gradients.items() if name != "gate")]
+
+
 @needs_extension
-@pytest.mark.parametrize("operator", ["gate_blend", "rollout_step"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_results_written_past_the_caches_are_the_same(operator: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "flowmap_embedding"])
+@pytest.mark.parametrize("width", [1 << 20, (1 << 20) + 3])
+def test_results_written_past_the_caches_are_the_same(operator: str, width: int) -> None:
     """Arrays beyond the size from which stores bypass the caches, at aligned and at unaligned rows."""
-    for width in (1 << 20, (1 << 20) + 3):
-        shape = {"size": (8, width), "times": (8,)} if operator == "rollout_step" else {"size": (8, width)}
-        large = sample_inputs(operator, "cpu", F32, second_dtype=dtype, **shape)
-        per_element = {n for n, t in large.tensors.items() if t.ndim == 2}
-        rows = [
-            large.replaced(**{n: t[i : i + 1] for n, t in large.tensors.items() if n in per_element or t.numel() == 8})
-            for i in (0, 7)
-        ]
-        with anyflow_kernels.use_backend("native"):
-            found = large.run(**large.tensors)[0]
-            for i, row in zip((0, 7), rows, strict=True):
-                assert torch.equal(found[i : i + 1], row.run(**row.tensors)[0])
+    shape: dict[str, Any] = {"size": (9, width)} | ({} if operator == "gate_blend" else {"times": (9,)})
+    large = sample_inputs(operator, "cpu", F32, True, second_dtype=BF16, **shape)
+    found = _rowwise(large)
+    for i in (0, 8):
+        row = large.replaced(**{n: t[i : i + 1] for n, t in large.tensors.items() if t.shape[0] == 9})
+        for whole, part in zip(found, _rowwise(row), strict=True):
+            assert torch.equal(whole[i : i + 1], part)
 
 
 def _copy_of_the_package(folder: Path) -> Path:
-    shutil.copytree(ROOT / "anyflow_kernels", folder / "anyflow_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", "_C.txt")
+    shutil.copytree(ROOT / "anyflow_kernels", folder / "anyflow_kernels", ignore=ignored)
     found = [*(folder / "anyflow_kernels").glob("_C.*")]
     return found[0] if found else folder / "anyflow_kernels" / "_C.so"
+
+
+def _stamp(instructions: str) -> bytes:
+    stamp = f"anyflow_kernels built for torch {torch.__version__} on {instructions} with schemas {_native.SCHEMAS}\0"
+    return stamp.encode()
 
 
 def _import(folder: Path, **environment: str) -> str:
@@ -140,13 +155,50 @@ def test_an_extension_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
     assert _import(tmp_path) == expected
 
 
+@needs_extension
+def test_an_extension_for_other_operators_is_not_loaded(tmp_path: Path) -> None:
+    """Its kernels have other signatures: to define the operators would raise."""
+    library = _copy_of_the_package(tmp_path)
+    ours, other = b"with schemas " + _native.SCHEMAS.encode(), b"with schemas 0ddba11"
+    library.write_bytes(library.read_bytes().replace(ours, other.ljust(len(ours), b"0")))
+    assert _import(tmp_path) == f"built for operators 0ddba110, but these are {_native.SCHEMAS}: build it again"
+
+
+def test_the_digest_is_that_of_the_schemas() -> None:
+    schemas = sorted(str(getattr(torch.ops.anyflow_kernels, name).default._schema) for name in _library._operators)
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:8]
+    assert digest == _native.SCHEMAS, "the schemas have changed: write the new digest into anyflow_kernels/_native.py"
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF library is cut")
+def test_an_extension_that_was_cut_short_is_not_loaded(tmp_path: Path) -> None:
+    """What remains has its stamp; loading it touches what is missing, which kills the process."""
+    library = _copy_of_the_package(tmp_path)
+    content = library.read_bytes()
+    library.write_bytes(content[: _native._STAMP.search(content).end()])
+    assert _import(tmp_path) == f"{library.name} is broken: it was cut short"
+
+
+def test_where_an_elf_library_ends() -> None:
+    """At the end of its last segment: sections, which stripped libraries lack, are not loaded."""
+    header = struct.pack("<16s2HI3QI6H", b"\x7fELF\x02\x01\x01", 3, 62, 1, 0, 64, 5000, 0, 64, 56, 3, 64, 9, 8)
+    segments = [(0, 176), (4096, 904), (300, 100)]  # from, bytes in the file
+    table = b"".join(
+        struct.pack("<2I6Q", 1, 4, start, start, start, size, size + 999, 4096) for start, size in segments
+    )
+    library = (header + table).ljust(5000, b"\0")
+    assert not _native._cut_short(library)
+    assert _native._cut_short(library[:4999])
+    assert not _native._cut_short(library[:4999].replace(b"\x7fELF\x02", b"\x7fELF\x01"))  # of 32 bits
+
+
 def test_a_library_that_cannot_be_loaded(tmp_path: Path) -> None:
     library = _copy_of_the_package(tmp_path)
     library.unlink(missing_ok=True)  # never write to a library that this process has mapped
     library.write_bytes(b"no library")
     assert _import(tmp_path) == f"{library.name} is broken: it does not say what it was built for"
-    stamp = f"anyflow_kernels built for torch {torch.__version__} on DEFAULT\0"
-    library.write_bytes(b"no library" + stamp.encode())
+    library.write_bytes(b"no library" + _stamp("DEFAULT"))
     assert _import(tmp_path).startswith("cannot be loaded (ImportError: ")
 
 
@@ -158,7 +210,7 @@ def test_the_environment_keeps_the_extension_out(tmp_path: Path) -> None:
 
 def test_an_extension_for_instructions_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = tmp_path / "_C.so"
-    library.write_bytes(f"..anyflow_kernels built for torch {torch.__version__} on AVX2\0..".encode())
+    library.write_bytes(b".." + _stamp("AVX2") + b"..")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert _native._unfit(library) is None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -166,17 +218,19 @@ def test_an_extension_for_instructions_that_are_missing(monkeypatch: pytest.Monk
 
 
 @needs_extension
-def test_autograd_is_compiled_as_well() -> None:
-    sample = sample_inputs("gate_blend", "cpu", requires_grad=True)
-    (y,) = sample.run(**sample.tensors)
-    assert "GateBlend" in y.grad_fn.name() and "CppNode" in y.grad_fn.name()
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "flowmap_embedding"])
+def test_autograd_is_compiled_as_well(operator: str) -> None:
+    sample = sample_inputs(operator, "cpu", requires_grad=True)
+    name = sample.run(**sample.tensors)[0].grad_fn.name()
+    assert operator.replace("_", "") in name.lower() and "CppNode" in name
 
 
 @needs_extension
 def test_autograd_in_python(tmp_path: Path) -> None:
     """What a build without the extension has: the tests of the operators, run without it."""
-    files = [ROOT / "tests" / "kernels" / f"test_{name}.py" for name in ("gate_blend", "rollout_step", "promises")]
-    choice = "reference and (gate_blend or rollout_step)"
+    names = [name for name in OPERATORS if name != "flowmap_embedding"]
+    files = [ROOT / "tests" / "kernels" / f"test_{name}.py" for name in (*names, "promises")]
+    choice = "reference and not flowmap_embedding"
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", choice, *map(str, files)],
@@ -231,7 +285,7 @@ def test_mode_1_builds(source: Path) -> None:
 
 
 BROKEN = {
-    "torch": ({"prelude": "sys.modules['torch'] = None"}, "torch is not installed here"),
+    "torch": ({"prelude": "sys.modules['torch'] = None"}, "the build saw no torch"),
     "compiler": ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
     "build": ({"CXX": shutil.which("false") or "false"}, "the C++ kernels were not built"),
 }
@@ -246,6 +300,86 @@ def test_what_cannot_be_built(source: Path, how: dict[str, str], message: str) -
     assert _built(source) == []
     done = _setup(source, "build", ANYFLOW_BUILD_EXT="1", **how)
     assert done.returncode != 0
+
+
+# As if this torch were built for CUDA 13: its own says "cpu" when there is no version.
+CUDA_TORCH = (
+    "import torch; torch.version.cuda = '13.0'; import torch.utils.cpp_extension as tools; tools.CUDA_HOME = {home!r}"
+)
+
+
+def _cuda_sources(source: Path) -> None:
+    """One kernel, one file of C++, in the place of csrc/cuda."""
+    (source / "csrc" / "cuda").mkdir()
+    (source / "csrc" / "cuda" / "one.cu").write_text("__global__ void one(float* x) { x[threadIdx.x] = 1; }\n")
+    (source / "csrc" / "cuda" / "one_operator.cpp").write_text("int one_operator() { return 1; }\n")
+
+
+TOOLKITS = {
+    "no toolkit": (None, "torch is built for CUDA 13.0, but there is no toolkit of it (nvcc; CUDA_HOME says where)"),
+    "another toolkit": ("12.8", "torch is built for CUDA 13.0, but nvcc is of CUDA 12.8"),
+    "a broken toolkit": ("13.0", "the CUDA kernels were not built: "),
+}
+
+
+@needs_extension
+@pytest.mark.skipif(os.name != "posix", reason="nvcc is replaced by a script")
+@pytest.mark.parametrize(("version", "message"), TOOLKITS.values(), ids=TOOLKITS)
+def test_without_a_fitting_toolkit_the_cpu_kernels_are_built(source: Path, version: str | None, message: str) -> None:
+    _cuda_sources(source)
+    nvcc = source / "toolkit" / "bin" / "nvcc"
+    if version is not None:
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(
+            "#!/bin/sh\n"
+            f"test $1 = --version && echo 'Cuda compilation tools, release {version}, V{version}.88' && exit\n"
+            "test $1 = --list-gpu-arch && echo compute_80 && exit\n"
+            "exit 1\n"
+        )
+        nvcc.chmod(0o755)
+    home = None if version is None else str(source / "toolkit")
+    done = _setup(source, "build_ext", "--inplace", prelude=CUDA_TORCH.format(home=home), ANYFLOW_BUILD_EXT="auto")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("anyflow_kernels:")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    (library,) = (source / "anyflow_kernels").glob("_C.*")
+    assert _native._unfit(library) is None
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_with_a_toolkit_the_cuda_kernels_are_built(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the libraries of a CUDA torch, in whose place empty ones are linked."""
+    _cuda_sources(source)
+    stubs = source / "stubs"
+    stubs.mkdir()
+    for name in ("c10_cuda", "torch_cuda", "cudart"):
+        (stubs / "empty.cpp").write_text("")
+        subprocess.run(["c++", "-shared", stubs / "empty.cpp", "-o", stubs / f"lib{name}.so"], check=True)
+    home = str(Path(os.path.realpath(shutil.which("nvcc"))).parents[1])
+    release = re.search(
+        r"release (\S+),", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    )[1]
+    prelude = CUDA_TORCH.format(home=home).replace("13.0", release)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for listed, expected in ((None, b"sm_80"), ("8.6", b"sm_86")):
+        environment = {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}
+        done = _setup(
+            source,
+            "build_ext",
+            "--inplace",
+            "--force",
+            prelude=prelude,
+            ANYFLOW_BUILD_EXT="1",
+            LIBRARY_PATH=str(stubs),
+            **environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (library,) = (source / "anyflow_kernels").glob("_C.*")
+        names = re.search(rb"\0((?:(?:sm|compute)_\d+ ?)+)\0", library.read_bytes())[1].split()
+        assert expected in names
+        assert (b"sm_90" in names) == (listed is None)
+        assert b"one_operator" in library.read_bytes()
 
 
 def test_a_wrong_mode_is_named(source: Path) -> None:

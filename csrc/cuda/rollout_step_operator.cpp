@@ -1,0 +1,209 @@
+// The operator rollout_step on CUDA: tensors in, launches of rollout_step.cu out.
+#include "rollout_step.h"
+
+#include "../common.h"
+
+#include <tuple>
+#include <vector>
+
+namespace anyflow::cuda {
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+// Times come as one element, one for each sample, or in a shape that broadcasts to x.
+Tensor in_rows(const Tensor& time, at::IntArrayRef shape) {
+  if (time.dim() == int64_t(shape.size())) {
+    return time;
+  }
+  Shape rows(shape.size(), 1);
+  if (time.numel() != 1) {
+    rows[0] = shape[0];
+  }
+  return time.reshape(rows);
+}
+
+// False when the times do not vary as (outer, broadcast, frames, broadcast).
+bool tile(Times& times, at::IntArrayRef shape, at::IntArrayRef times_shape) {
+  struct Run { // adjacent dimensions of one kind
+    bool varies;
+    int64_t length;
+  };
+  std::vector<Run> runs;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const bool varies = times_shape[i] == shape[i];
+    if (shape[i] == 1) {
+      continue;
+    }
+    if (!runs.empty() && runs.back().varies == varies) {
+      runs.back().length *= shape[i];
+    } else {
+      runs.push_back({varies, shape[i]});
+    }
+  }
+  if (runs.empty() || !runs[0].varies) {
+    runs.insert(runs.begin(), {true, 1});
+  }
+  if (runs.size() > 4) {
+    return false;
+  }
+  const auto length = [&](size_t i) { return i < runs.size() ? runs[i].length : 1; };
+  const bool short_form = runs.size() <= 2;
+  times.middle = short_form ? 1 : length(1);
+  times.frames = short_form ? 1 : length(2);
+  times.inner = short_form ? length(1) : length(3);
+  return true;
+}
+
+// The times under x, as the kernels read them.
+struct Rows {
+  Tensor sigma, sigma_next, weight;
+  Times times{};
+
+  Rows(at::IntArrayRef shape, const Tensor& sigma, const Tensor& sigma_next, const Tensor& weight, ScalarType dtype)
+      : sigma(in_rows(sigma, shape)), sigma_next(in_rows(sigma_next, shape)), weight(in_rows(weight, shape)) {
+    const bool tiled = tile(times, shape, this->sigma.sizes());
+    if (!tiled) {
+      tile(times, shape, shape);
+    }
+    for (Tensor* time : {&this->sigma, &this->sigma_next, &this->weight}) {
+      *time = ready(tiled ? *time : time->expand(shape), dtype);
+    }
+    times.sigma = this->sigma.const_data_ptr();
+    times.sigma_next = this->sigma_next.const_data_ptr();
+    times.weight = this->weight.const_data_ptr();
+  }
+};
+
+const void* data_of(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+Tensor model_time_of(const Tensor& sigma_next, double scale, double offset) {
+  const ScalarType wide = accumulation_dtype({sigma_next.scalar_type()});
+  return sigma_next.to(wide).mul(scale).add(offset).to(sigma_next.scalar_type()).contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
+    const Tensor& x,
+    const OptionalTensor& average,
+    const Tensor& velocity,
+    const OptionalTensor& uncond_velocity,
+    const Tensor& sigma,
+    const Tensor& sigma_next,
+    const Tensor& weight,
+    double guidance_scale,
+    int64_t sign,
+    double time_scale,
+    double time_offset,
+    ScalarType model_dtype,
+    bool last) {
+  const ScalarType accumulate = accumulation_dtype({x.scalar_type(), velocity.scalar_type()});
+  ScalarType model = storage_dtype(velocity.scalar_type(), accumulate);
+  if (uncond_velocity && uncond_velocity->scalar_type() != velocity.scalar_type()) {
+    model = accumulate;
+  }
+  const ScalarType state = x.scalar_type() == model ? model : accumulate;
+  const bool has_input = !last && model_dtype != accumulate;
+  const bool own_time = sigma_next.scalar_type() == accumulate && x.numel() > 0; // computed in the same launch
+
+  Tensor new_average = empty(x.sizes(), accumulate, x);
+  Tensor new_x = last ? empty({0}, accumulate, x) : empty(x.sizes(), accumulate, x);
+  Tensor model_input = has_input ? empty(x.sizes(), model_dtype, x) : empty({0}, model_dtype, x);
+  Tensor model_time = last ? sigma_next.new_empty({0})
+      : own_time           ? empty(sigma_next.sizes(), accumulate, x)
+                           : model_time_of(sigma_next, time_scale, time_offset);
+  if (x.numel() == 0) {
+    return {new_x, new_average, model_input, model_time};
+  }
+
+  const Tensor v = ready(velocity, model);
+  const Tensor u = uncond_velocity ? ready(*uncond_velocity, model) : Tensor();
+  const Tensor average_in = average ? ready(*average, accumulate) : Tensor();
+  const Tensor x_in = last ? Tensor() : ready(x, state);
+  const Tensor next_times = sigma_next.contiguous();
+  const Rows rows(x.sizes(), sigma, sigma_next, weight, accumulate);
+  RolloutStep step{};
+  step.x = data_of(x_in);
+  step.average = data_of(average_in);
+  step.velocity = v.const_data_ptr();
+  step.uncond = data_of(u);
+  step.new_average = new_average.mutable_data_ptr();
+  if (!last) {
+    step.new_x = new_x.mutable_data_ptr();
+    if (has_input && model_dtype == model) {
+      step.model_input = model_input.mutable_data_ptr();
+    }
+    if (own_time) {
+      step.next_times = next_times.const_data_ptr();
+      step.model_time = model_time.mutable_data_ptr();
+      step.next_times_count = next_times.numel();
+      step.time_scale = time_scale;
+      step.time_offset = time_offset;
+    }
+  }
+  launch_rollout_step({rows.times, guidance_scale, sign, x.numel(), state, model, x.device().index()}, step);
+  if (has_input && !step.model_input) {
+    model_input = new_x.to(model_dtype);
+  }
+  return {new_x, new_average, model_input, model_time};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
+    const OptionalTensor& grad_x,
+    const OptionalTensor& grad_average,
+    const OptionalTensor& grad_input,
+    const Tensor& velocity,
+    const OptionalTensor& uncond_velocity,
+    const Tensor& sigma,
+    const Tensor& sigma_next,
+    const Tensor& weight,
+    double guidance_scale,
+    int64_t sign,
+    ScalarType x_dtype) {
+  ScalarType accumulate = accumulation_dtype({velocity.scalar_type()});
+  for (const OptionalTensor* grad : {&grad_x, &grad_average, &grad_input}) {
+    if (*grad) {
+      accumulate = accumulation_dtype({accumulate, (*grad)->scalar_type()});
+    }
+  }
+  ScalarType model = storage_dtype(velocity.scalar_type(), accumulate);
+  if (uncond_velocity && uncond_velocity->scalar_type() != velocity.scalar_type()) {
+    model = accumulate;
+  }
+  if (grad_input && grad_input->scalar_type() != model) { // rounded to the dtype of the velocities it would lose bits
+    model = accumulate;
+  }
+  const ScalarType state = x_dtype == model ? model : accumulate;
+
+  Tensor dx = empty(velocity.sizes(), state, velocity);
+  Tensor dv = empty(velocity.sizes(), model, velocity);
+  Tensor du = uncond_velocity ? empty(velocity.sizes(), model, velocity) : velocity.new_empty({0});
+  if (velocity.numel() > 0) {
+    const Tensor gx = grad_x ? ready(*grad_x, accumulate) : Tensor();
+    const Tensor ga = grad_average ? ready(*grad_average, accumulate) : Tensor();
+    const Tensor gi = grad_input ? ready(*grad_input, model) : Tensor();
+    const Rows rows(velocity.sizes(), sigma, sigma_next, weight, accumulate);
+    launch_rollout_step_backward(
+        {rows.times, guidance_scale, sign, velocity.numel(), state, model, velocity.device().index()},
+        {data_of(gx),
+         data_of(ga),
+         data_of(gi),
+         dx.mutable_data_ptr(),
+         dv.mutable_data_ptr(),
+         uncond_velocity ? du.mutable_data_ptr() : nullptr});
+  }
+  return {
+      cast(dx, x_dtype),
+      cast(dv, velocity.scalar_type()),
+      uncond_velocity ? cast(du, uncond_velocity->scalar_type()) : du};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(anyflow_kernels, CUDA, m) {
+  m.impl("rollout_step", &rollout_step);
+  m.impl("rollout_step_backward", &rollout_step_backward);
+}
+
+} // namespace anyflow::cuda

@@ -1,0 +1,190 @@
+"""The CUDA kernels of csrc/cuda: what nvcc makes of them, and what they do on the CPU.
+
+Their results are compared in the tests of the operators, as the backend "cuda on host" (see ``cuda_on_host``).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import cuda_on_host
+import pytest
+import torch
+from samples import OPERATORS, check_against_oracle, outputs_and_gradients, sample_inputs
+from torch import Tensor
+
+from benchmarks import inspect_cuda
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+TARGETS = (80, 90)
+needs_nvcc = pytest.mark.skipif(inspect_cuda.NVCC is None, reason="no nvcc")
+needs_compiler = pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+
+ELEMENTWISE = 64  # registers with which a multiprocessor runs 1024 threads
+REGISTERS = 168  # with 128 threads: three blocks on a multiprocessor of 65536 registers
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[tuple[str, dict[str, Any]]]:
+    """(kernel, what it uses), of each target."""
+    return [
+        (f"{name} sm_{c}", used)
+        for c, found in inspect_cuda.inspect(list(TARGETS)).items()
+        for name, used in found.items()
+    ]
+
+
+def _plain(name: str) -> str:
+    return name.split("<")[0].split(" ")[0]
+
+
+@needs_nvcc
+def test_every_kernel_is_compiled_for_every_target(compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    written = set()
+    for path in (*inspect_cuda.SOURCES, *inspect_cuda.SOURCES[0].parent.glob("*.cuh")):
+        written |= set(re.findall(r"__global__ void (?:__launch_bounds__\(.*\) )?(\w+)\(", path.read_text()))
+    for capability in TARGETS:
+        assert {_plain(name) for name, _ in compiled if name.endswith(f"sm_{capability}")} == written
+    reported = {kernel for calls in inspect_cuda.CASES.values() for call in calls for kernel, _, _ in call.launches}
+    assert {_plain(kernel) for kernel in reported} == written
+
+
+@needs_nvcc
+def test_nothing_is_spilled(compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    for name, used in compiled:
+        assert (used["local"], used["stack"]) == (0, 0), (name, used)
+
+
+@needs_nvcc
+def test_registers_and_shared_memory(compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    for name, used in compiled:
+        assert used["registers"] <= (REGISTERS if "embedding" in name else ELEMENTWISE), (name, used)
+        assert used["shared"] <= 48 * 1024, (name, used)
+
+
+SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
+
+
+def _arrays(name: str, first: int, second: int) -> tuple[list[int], list[int]]:
+    """Bytes of an element of each array that a kernel reads, and of each that it writes."""
+    wide = max(first, second, 4)
+    return {
+        "gate_blend_fwd_kernel": ([first, second], [first]),
+        "gate_blend_bwd_kernel": ([first, first, second], [first, second]),
+        "rollout_step_fwd_kernel": ([first, wide, second, second], [wide, wide, second]),
+        "rollout_step_bwd_kernel": ([wide, wide, second], [first, second, second]),
+    }[name]
+
+
+@needs_nvcc
+def test_elements_are_read_and_written_16_bytes_at_a_time(compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    seen = 0
+    for name, used in compiled:
+        types = re.search(r"<(\w+), (\w+)>", name)
+        if "embedding" in name or types is None:
+            continue
+        first, second = (SIZES[kind] for kind in types.groups())
+        elements = 16 // min(first, second)
+        for kind, sizes in zip(("loads", "stores"), _arrays(_plain(name), first, second), strict=True):
+            assert used[kind][16] == sum(elements * size // 16 for size in sizes), (name, kind, used)
+        seen += 1
+    assert seen == len(TARGETS) * (10 + 10 + 6 + 6)  # pairs of dtypes
+
+
+@needs_nvcc
+def test_weights_are_read_16_bytes_at_a_time(compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    """A loop for each dtype of the weights, which reads a piece of every unit's."""
+    for name, used in compiled:
+        layers = re.match(r"flowmap_embedding_(\w+)_kernel<(float|double), (\d)>", name)
+        if layers is None or layers[1] == "bwd_hidden":
+            continue
+        rows = int(layers[3])
+        units, dtypes = (1 if rows <= 2 else 2), (3 if layers[2] == "float" else 1)
+        assert used["loads"][16] >= units * dtypes, (name, used)
+
+
+# ---- on the CPU
+
+
+@pytest.fixture
+def on_host() -> Any:
+    with cuda_on_host.installed():
+        yield
+
+
+LARGER: dict[str, dict[str, Any]] = {  # several blocks of every kernel, and ends that fill none
+    "gate_blend": {"size": (3, 2011)},
+    "rollout_step": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
+    "flowmap_embedding": {"rows": (11,), "channels": 270, "hidden": (140, 85), "width": 77},
+}
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_larger_inputs(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    span = {"time_dtype": F64} if operator == "flowmap_embedding" else {}  # phases that float32 itself keeps
+    check_against_oracle(
+        sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1], **LARGER[operator], **span)
+    )
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    check_against_oracle(
+        sample_inputs("flowmap_embedding", "cpu", dtype, True, rows=(rows,), hidden=(16, 40), width=24)
+    )
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("size", [(3, 2, 5, 3), (2, 4, 50, 1)], ids=str)
+def test_rows_shorter_than_what_a_thread_takes(size: tuple[int, ...]) -> None:
+    for times in ((size[0], 1, size[2], 1), size):
+        check_against_oracle(sample_inputs("rollout_step", "cpu", F32, True, second_dtype=BF16, size=size, times=times))
+
+
+def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -> list[Tensor]:
+    sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1], **shape)
+    outputs, gradients = outputs_and_gradients(sample, sample.run)
+    return [*outputs, *gradients.values()]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtypes", [(F32, BF16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_order_of_threads_and_blocks_changes_nothing(
+    operator: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape in (LARGER[operator], {**LARGER[operator], "rows": (2,)} if operator == "flowmap_embedding" else {}):
+        expected = _all(operator, dtypes, **shape)
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", "reverse")
+        found = _all(operator, dtypes, **shape)
+        monkeypatch.delenv("CUDA_ON_HOST_ORDER")
+        for f, e in zip(found, expected, strict=True):
+            assert torch.equal(f, e)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_inputs_that_are_not_aligned(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Contiguous, but 8 bytes or less past a multiple of 16: read one by one, with the same result to the bit."""
+    sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1])
+    moved = sample.replaced(
+        **{
+            n: torch.cat((t.detach().reshape(-1)[:1], t.detach().reshape(-1)))[1:].view(t.shape)
+            for n, t in sample.tensors.items()
+        }
+    )
+    assert any(t.data_ptr() % 16 for t in moved.tensors.values())
+    expected, found = (outputs_and_gradients(s, s.run) for s in (sample, moved))
+    for f, e in zip((*found[0], *found[1].values()), (*expected[0], *expected[1].values()), strict=True):
+        assert torch.equal(f, e)

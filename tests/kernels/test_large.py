@@ -1,0 +1,84 @@
+"""The compiled kernels on more than 2^31 elements. ``make large``: 16 GiB of memory that is free."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import anyflow_kernels
+from anyflow_kernels import _native
+
+ROWS, WIDTH = (1 << 15) + 1, (1 << 16) + 1  # a row of odd length: an offset that wraps around reads other values
+NEEDED = 16 << 30
+
+pytestmark = [
+    pytest.mark.large,
+    pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="how much memory is free is read from /proc"),
+    pytest.mark.skipif(
+        _native.extension is None, reason=anyflow_kernels.describe().splitlines()[-1].replace("%", "%%")
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _memory() -> Iterator[None]:
+    (line,) = (x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    available = int(line.split()[1]) << 10
+    if available < NEEDED:
+        pytest.skip(f"{available >> 30} GiB of memory are available, {NEEDED >> 30} are needed")
+    with anyflow_kernels.use_backend("native"):
+        yield
+    gc.collect()
+
+
+def rows_of_one_kind() -> tuple[Tensor, Tensor]:
+    """[ROWS, WIDTH] bfloat16, whose rows are equal, and that row."""
+    row = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    values = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
+    assert values.numel() > 1 << 31
+    values[:] = row
+    return values, row
+
+
+def assert_rows(found: Tensor, expected: Tensor) -> None:
+    """Every row, a few at a time."""
+    assert found.shape == (ROWS, WIDTH) and found.dtype == expected.dtype
+    for some in found.split(1024):
+        assert torch.equal(some, expected.expand_as(some))
+
+
+def test_gate_blend() -> None:
+    """base = delta, so that one tensor is read twice; gate 0.25."""
+    values, row = rows_of_one_kind()
+    gate = torch.tensor(0.25)
+    assert_rows(anyflow_kernels.gate_blend(values, values, gate), row)
+    grads = torch.ops.anyflow_kernels.gate_blend_backward(values, values, values, gate, True)
+    assert_rows(grads[0], (0.75 * row.float()).to(row.dtype))
+    assert_rows(grads[1], (0.25 * row.float()).to(row.dtype))
+    assert grads[2].item() == 0
+
+
+def test_rollout_step() -> None:
+    """The last step, which has the average alone; the first sample has another weight than the others."""
+    values, row = rows_of_one_kind()
+    sigma, weight = torch.full((ROWS,), 0.5), torch.full((ROWS,), 0.25)
+    weight[0] = 2.0
+    state = anyflow_kernels.rollout_step(values, None, values, sigma, sigma, weight, last=True)
+    assert torch.equal(state.average[0], 2.0 * row.float())
+    state.average[0] = state.average[1]
+    assert_rows(state.average, 0.25 * row.float())
+
+
+def test_rollout_step_backward() -> None:
+    values, row = rows_of_one_kind()
+    sigma, sigma_next, weight = torch.full((ROWS, 1), 0.75), torch.full((ROWS, 1), 0.5), torch.ones(ROWS, 1)
+    grad_x, grad_velocity, _ = torch.ops.anyflow_kernels.rollout_step_backward(
+        None, None, values, values, None, sigma, sigma_next, weight, 1.0, 1, torch.bfloat16
+    )
+    assert_rows(grad_x, row)
+    assert_rows(grad_velocity, (-0.25 * row.float()).to(row.dtype))
