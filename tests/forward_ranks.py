@@ -64,10 +64,14 @@ def train(mode: str, variant: str, rank: int, sizes: list[int], folder: Path, st
         for block in model.transformer_blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    start, count = sum(sizes[:rank]), sizes[rank]
+    if mode == "context":  # the ranks share all samples, as those of one sequence do
+        mesh = init_device_mesh("cpu", (1, len(sizes)), mesh_dim_names=("dp", "cp"))
+        start, count = 0, sum(sizes)
     distiller = AnyFlowDistiller(model, config=VARIANTS[variant], mesh=mesh)
     named = distiller.trainable_parameters()
     optimizer: Any = torch.optim.AdamW([parameter for _, parameter in named], lr=1e-3)
-    if mode == "ddp":
+    if mode in ("ddp", "context"):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     elif mode == "accelerate":
         accelerator = Accelerator(cpu=True)
@@ -78,7 +82,7 @@ def train(mode: str, variant: str, rank: int, sizes: list[int], folder: Path, st
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     result: dict[str, Any] = {"losses": [], "shares": []}
     for step in range(first, steps):
-        loss, logs = distiller.training_step(rows_of(step, sum(sizes[:rank]), sizes[rank]), wrapped)
+        loss, logs = distiller.training_step(rows_of(step, start, count), wrapped)
         if accelerator is None:
             loss.backward()
         else:

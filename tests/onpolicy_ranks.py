@@ -107,14 +107,15 @@ def train(
     if mode == "late ddp":  # the critic comes when DDP is there already
         anyflow.trainable_parameters(model)
         wrapped = nn.parallel.DistributedDataParallel(model)
-    distiller = AnyFlowDistiller(model, config=CONFIG)
+    anyflow.trainable_parameters(model)
+    anyflow.add_critic(model, seed=CONFIG["seed"])
     onpolicy.move_critic(model)
     if mode == "fsdp2":
         mesh = init_device_mesh("cpu", (len(sizes),), mesh_dim_names=("dp",))
         for block in model.transformer_blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        distiller = AnyFlowDistiller(model, config=CONFIG, mesh=mesh)
+    distiller = AnyFlowDistiller(wrapped, config=CONFIG, mesh=mesh)
     named = distiller.trainable_parameters()
     optimizer: Any = torch.optim.AdamW([parameter for _, parameter in named], lr=1e-3)
     if mode == "ddp":

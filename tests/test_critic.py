@@ -428,6 +428,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="critic's adapter is active"):
             Critic(model, model, AnyFlowConfig())
 
+    def test_a_sharded_model(self, tmp_path: Path) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            model = lora_student()
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match="FSDP has sharded"):
+                anyflow.add_critic(model)
+        finally:
+            torch.distributed.destroy_process_group()
+
     def test_a_merged_student(self) -> None:
         model = lora_student()
         critic = Critic(model, model, AnyFlowConfig())

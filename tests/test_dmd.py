@@ -249,6 +249,29 @@ class TestFakeScore:
         assert torch.allclose(loss.double(), expected, rtol=0, atol=tolerance)
         assert torch.allclose(derivative.double(), expected_derivative, rtol=0, atol=tolerance)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_no_worse_than_twice_eager(self, dtype: torch.dtype) -> None:
+        x, noise, weight, *_ = draws(dtype)
+        sigma = torch.tensor([0.9, 0.4, 0.05])
+
+        def loss_and_derivative(value: Callable[[Tensor, Tensor], Tensor], kind: torch.dtype) -> tuple[Tensor, Tensor]:
+            leaf = weight[0].detach().to(kind).requires_grad_()
+            loss = value(leaf, column(sigma, x).to(kind))
+            return loss.detach().double(), torch.autograd.grad(loss.sum(), leaf)[0].double()
+
+        def ours(leaf: Tensor, s: Tensor) -> Tensor:
+            return fake_score_loss(x, noise, sigma, lambda x, _: leaf * x)
+
+        def formula(leaf: Tensor, s: Tensor) -> Tensor:
+            at, n = x.to(s.dtype), noise.to(s.dtype)
+            return (leaf * ((1 - s) * at + s * n) - (n - at)).square().flatten(1).mean(1)
+
+        exact = loss_and_derivative(formula, torch.float64)
+        for got, eager, value in zip(
+            loss_and_derivative(ours, dtype), loss_and_derivative(formula, dtype), exact, strict=True
+        ):
+            assert (got - value).norm() <= 2 * (eager - value).norm()
+
     def test_clean_frames_and_bad_samples_do_not_count(self) -> None:
         x, noise = torch.randn(2, 2, 2, 3, 4, 4).unbind()
         x[1, 0, 0, 0, 0] = float("nan")

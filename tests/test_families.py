@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from peft import LoraConfig
 from tiny_models import perturb_delta
 from torch import Tensor, nn
 
@@ -469,6 +470,39 @@ def test_a_distilling_step(name: str) -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
 
 
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_step_of_the_onpolicy_stage(name: str) -> None:
+    """Loss and gradient of a step of every family: a full-rank student, the stock model as real score, a LoRA on it as
+    the critic. The critic moves, the stock model does not; both are asked for instantaneous velocities."""
+    case = Case(name)
+    spec = find_spec(zoo.class_of(name))
+    teacher, student = case.model, copy.deepcopy(case.model)
+    anyflow.patch(student)
+    targets = anyflow.lora_targets(student)
+    teacher.requires_grad_(False)
+    anyflow.add_critic(teacher, LoraConfig(r=2, target_modules=[n for n in targets if ".delta" not in f".{n}"]))
+    config = {"target_mode": "onpolicy", "onpolicy_forward": "linear", "schedule_shift": 1.0, "simulation_steps": (4,)}
+    distiller = anyflow.AnyFlowDistiller(teacher, student, config={**config, "critic_learning_rate": 1e-3})
+    before = {key: value.detach().clone() for key, value in teacher.named_parameters()}
+    calls: list[Any] = []
+    teacher.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    batch = batch_of(name, case)
+    loss, logs = distiller.training_step({**batch, "r_sigmas": 0.4 * batch["sigmas"]})
+    loss.backward()
+    assert loss.isfinite() and all(value.isfinite() for value in logs.values())
+    for key, parameter in anyflow.delta_parameters(student):
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+    moved = {key for key, value in teacher.named_parameters() if not torch.equal(value, before[key])}
+    assert moved and moved <= {key for key, _ in distiller.critic.named_parameters()}  # type: ignore[union-attr]
+    assert len(calls) == 3
+    native = distiller.teacher.spec.native
+    for kwargs in calls:
+        if native is not None and native.required:
+            assert torch.equal(kwargs[native.arg], kwargs[spec.timestep_arg])
+        else:
+            assert kwargs.get("r_timestep") is None and (native is None or kwargs.get(native.arg) is None)
+
+
 WHOLE_TIMES = tuple(name for name in DISTILLED if any(s.whole_times for s in find_spec(zoo.class_of(name)).sites))
 NO_FORWARD_MODE = ("HiDreamImageTransformer2DModel",)  # counts the tokens of its experts in numpy
 
@@ -492,6 +526,9 @@ def test_a_step_of_the_forward_stage(name: str) -> None:
     assert loss.isfinite() and 0 < logs["anyflow_interval"] < 1
     for key, parameter in anyflow.delta_parameters(student):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+    drawn = distiller.prepare_batch({key: value for key, value in batch.items() if key != "r_sigmas"})
+    sigma, r = drawn["anyflow_sigmas"], drawn["anyflow_r_sigmas"]
+    assert drawn["target"].isfinite().all() and ((r >= 0) & (r <= sigma) & (sigma <= 1)).all()
     if name in WHOLE_TIMES:
         with pytest.raises(ValueError, match=r"derivative='jvp'.*central_difference"):
             anyflow.AnyFlowDistiller(student, config={**common, "derivative": "jvp"})

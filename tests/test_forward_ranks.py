@@ -13,7 +13,7 @@ import forward_ranks
 import pytest
 import torch
 
-MODES, VARIANTS = ("ddp", "fsdp2", "accelerate"), ("guided", "base")
+MODES, VARIANTS = ("ddp", "fsdp2", "accelerate", "context"), ("guided", "base")
 STEPS, LONG, STOP = 3, 20, 9
 SCRIPT = Path(forward_ranks.__file__)
 

@@ -124,10 +124,13 @@ class TestDraws:
     def test_the_stream_is_private_and_its_place_is_the_state(self) -> None:
         first, second = (toy_stage(torch.float32) for _ in range(2))
         torch.manual_seed(1)
-        drawn = [torch.stack(self.drawn(*first)) for _ in range(3)]
+        drawn = [torch.stack(self.drawn(*first))]
+        state, draws = first[0].state(), first[0].roles.streams.draws
+        drawn += [torch.stack(self.drawn(*first))]
         torch.manual_seed(2)
         torch.rand(5)
-        second[0].roles.streams.draws = 1
+        second[0].load_state(*state)
+        second[0].roles.streams.draws = draws
         assert torch.equal(torch.stack(self.drawn(*second)), drawn[1])
         assert not torch.equal(drawn[0], drawn[1])
 
@@ -370,6 +373,16 @@ class TestPrecision:
         found, expected = self.differences(name)
         assert (found - expected).norm() > 0.03 * expected.norm()
 
+    def test_autocast_is_off_in_float32_forwards(self) -> None:
+        def target(precision: str, autocast: bool) -> Tensor:
+            distiller = AnyFlowDistiller(protocol.student(SD3), config={**PLAIN, "difference_precision": precision})
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return distiller.prepare_batch(batch_for(SD3))["target"]
+
+        wide = target("float32", False)
+        assert torch.equal(target("float32", True), wide) and torch.equal(target("model", False), wide)
+        assert not torch.equal(target("model", True), wide)
+
     def test_noise_is_logged(self) -> None:
         """Independent errors of the three outputs, of a known size; nothing of the sample with r = t."""
         stage, denoiser = toy_stage(torch.float32, fuse_guidance_scale=1.0)
@@ -459,6 +472,42 @@ class TestTrainer:
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4)
         loss.backward()
         assert all(p.grad is not None for _, p in anyflow.delta_parameters(trainer.model))
+
+
+@pytest.mark.parametrize("r", [(0.9, 0.4), (0.3, 0.1), (0.0, 0.0), (0.3, 0.4)])
+def test_the_same_work_whatever_is_in_the_buckets(r: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and collective calls: other ranks wait for each of them."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    calls: list[str] = []
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda *a, **k: (calls.append("all_reduce"), all_reduce(*a, **k))[1])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = protocol.student(SD3)
+        for config in (MEANFLOW, BASE):
+            distiller = AnyFlowDistiller(model, config=config)
+            model.register_forward_pre_hook(lambda *a: calls.append("forward"))
+            calls.clear()
+            loss, _ = distiller.training_step({**batch_for(SD3), "r_sigmas": torch.tensor(r)})
+            assert loss.isfinite()
+            assert calls == ["all_reduce", *["forward"] * 4, "all_reduce"]
+            model._forward_pre_hooks.clear()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_any_time_of_the_interval_is_finite() -> None:
+    """t next to 0 and at 1, r = t and r = 0, in both boundary modes; nothing divides by the interval."""
+    times = torch.tensor([[1e-8, 1e-8], [1e-8, 0.0], [1.0, 1.0], [1.0, 0.0], [0.01, 0.005]])
+    for boundary in ("extrapolate", "clamp"):
+        distiller = AnyFlowDistiller(protocol.student(SD3), config={**PLAIN, "boundary_mode": boundary})
+        for t, r in times:
+            batch = {**batch_for(SD3), "sigmas": t.expand(2), "r_sigmas": r.expand(2)}
+            prepared = distiller.prepare_batch(batch)
+            loss, _ = distiller.training_step(batch)
+            assert prepared["target"].isfinite().all() and loss.isfinite()
 
 
 def test_resumed_run_is_the_same_run(tmp_path: Path) -> None:

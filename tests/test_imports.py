@@ -19,7 +19,7 @@ LAYERS = {
     "python/anyflow/precision.py": set(),
     "python/anyflow/families": {"families"},
     "python/anyflow/patching": {"families", "patching"},
-    "python/anyflow/adapters": {"adapters", "families", "patching"},
+    "python/anyflow/adapters": {"adapters", "distributed", "families", "patching"},
     "python/anyflow/config.py": set(),
     "python/anyflow/objectives": {"objectives", "time"},
     "python/anyflow/layout.py": {"families"},

@@ -130,7 +130,9 @@ class TestGeneratorStep:
     @pytest.mark.parametrize("guidance", [1.0, 2.5])
     def test_loss_and_gradients_are_those_of_the_formulas(self, guidance: float, seen: Seen) -> None:
         """The student in plain PyTorch, the base as a stock model, the critic as a stock LoRA."""
-        model, distiller = make(real_guidance_scale=guidance, dmd_weight=0.7, critic_steps_per_generator_step=0)
+        model, distiller = make(
+            real_guidance_scale=guidance, dmd_weight=0.7, loss_weight=2.0, critic_steps_per_generator_step=0
+        )
         negative = protocol.batch_for(SD3, seed=5)["conditioning"]
         batch = {**protocol.batch_for(SD3), "r_sigmas": torch.tensor([0.3, 0.0]), "negative_conditioning": negative}
         loss, _ = distiller.training_step(batch)
@@ -164,7 +166,7 @@ class TestGeneratorStep:
             x0_real, x0_fake = x_s - s * v_real, x_s - s * ask(critic, x_s, level, positive)
             scale = (x - x0_real).abs().mean((1, 2, 3)).view(column)
             target = x - (x0_fake - x0_real) / scale
-        expected = forward + 0.7 * 0.5 * (x - target).square().mean()
+        expected = 2 * (forward + 0.7 * 0.5 * (x - target).square().mean())
         expected.backward()
 
         # float32 networks on both sides, from states that differ by roundings.
@@ -479,17 +481,26 @@ class TestTrainers:
         for a, b in zip(*gradients, strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
 
-    def test_reentrant_checkpointing_of_frozen_inputs_trains_the_critic(self) -> None:
-        model, distiller = make()
+    def test_reentrant_checkpointing_of_frozen_inputs_cuts_nothing_off(self) -> None:
+        """Neither the critic, nor the student in the first jump."""
 
         def checkpoint(function: Any, *arguments: Any) -> Any:
             return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=True)
 
-        model.enable_gradient_checkpointing(checkpoint)
-        model.train()
-        before = weights(model)
-        distiller.prepare_batch(protocol.batch_for(SD3))
-        assert any(not torch.equal(before[name], p) for name, p in critic_parameters(model))
+        gradients = []
+        for checkpointing in (False, True):
+            model, distiller = make(simulation_steps=(1,))
+            if checkpointing:
+                model.enable_gradient_checkpointing(checkpoint)
+            model.train()
+            before = weights(model)
+            prepared = distiller.prepare_batch(protocol.batch_for(SD3))
+            assert any(not torch.equal(before[name], p) for name, p in critic_parameters(model))
+            loss, _ = distiller.compute_distill_loss(prepared, prepared["target"])  # matching alone has a gradient
+            loss.backward()
+            gradients.append([p.grad for _, p in distiller.trainable_parameters()])
+        for a, b in zip(*gradients, strict=True):
+            assert a is not None and torch.allclose(a, b, rtol=1e-4, atol=1e-9)
 
     @pytest.mark.parametrize("kind", ["dora", "peft lokr", "saved delta", "embedders", "two adapters, both active"])
     def test_other_adapters(self, kind: str) -> None:
@@ -591,6 +602,15 @@ class TestFullRank:
         for critic in (teacher, student):
             with pytest.raises(ValueError, match="critic_model is the teacher's or the student's"):
                 AnyFlowDistiller(teacher, student, critic_model=critic, config=CONFIG)
+
+    def test_where_a_critic_model_has_no_place(self) -> None:
+        with pytest.raises(ValueError, match="target_mode='linear' has no critic_model"):
+            AnyFlowDistiller(
+                protocol.student(SD3), critic_model=tiny_models.build(SD3), config={"target_mode": "linear"}
+            )
+        trainer = protocol.Trainer(protocol.student(SD3))
+        with pytest.raises(ValueError, match="trainer's object calls its own network"):
+            AnyFlowDistiller(trainer, critic_model=tiny_models.build(SD3), config=CONFIG)
 
     def test_no_adapter_and_no_teacher(self) -> None:
         with pytest.raises(ValueError, match="no adapter to switch off"):

@@ -100,9 +100,7 @@ class AnyFlowDistiller:
                 stacklevel=2,
             )
         self.streams = RandomStreams(self.config.seed, dp_rank=dp_rank, dp_size=dp_size, mesh=mesh)
-        critic = None if critic_model is None else DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
-        if critic is not None and critic.bare in (self.teacher.bare, self.student.bare):
-            raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
+        critic = None if critic_model is None else self._critic_of(critic_model)
         self._roles = Roles(
             self.config, self.streams, self.teacher, self.student, self.trainer, self.lycoris, noise_scheduler, critic
         )
@@ -129,6 +127,16 @@ class AnyFlowDistiller:
                 f"{spec.time_offset}; a scale alone cannot replace that"
             )
         return dataclasses.replace(spec, time_scale=scale)
+
+    def _critic_of(self, critic_model: nn.Module) -> Denoiser:
+        critic = DiffusersDenoiser(critic_model, self._spec(unwrap(critic_model)))
+        if self.config.target_mode != "onpolicy":
+            raise ValueError(f"target_mode={self.config.target_mode!r} has no critic_model")
+        if self.trainer is not None:
+            raise ValueError("a trainer's object calls its own network: leave critic_model out, and add_critic to that")
+        if critic.bare in (self.teacher.bare, self.student.bare):
+            raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
+        return critic
 
     def _check_student(self, student: nn.Module) -> None:
         """Whatever would train wrongly without a word is refused here."""
@@ -210,6 +218,10 @@ class AnyFlowDistiller:
         ``target``, the average velocity in the model's own sign, float32, and the same object as ``flow_target``;
         ``anyflow_r_timesteps`` (= flowmap_r_timesteps) and ``anyflow_timestep_interval`` (sigma_t - sigma_r).
 
+        With ``target_mode`` "meanflow" the pair (t, r) is drawn here, for all ranks at once: every rank has to call it.
+        ``sigmas`` are not needed; where they are times of frames or tokens, those that are 0 stay so. They, the
+        ``noisy_latents`` and the ``timesteps`` are replaced. ``negative_conditioning`` is needed for a guidance.
+
         Raises ValueError that names the missing key or the offending value: NaN sigmas, sigmas outside [0, 1], time 0,
         r >= t, wrong shapes, tensors on several devices.
         """
@@ -242,12 +254,13 @@ class AnyFlowDistiller:
     def compute_distill_loss(
         self, prepared_batch: Mapping[str, Any], model_output: Any, original_loss: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = loss_weight mean (u_theta(x_t, t, r) - u)^2, in float32 whatever the autocast.
+        """L = loss_weight mean (u_theta(x_t, t, r) - u)^2, in float32 whatever the autocast; of "meanflow" the weighted
+        and balanced loss of ``anyflow.stages.ForwardStage``, whose mean over the ranks is that of the global batch.
 
         ``model_output``: the prediction, a dict with ``model_prediction``, or a diffusers output. ``original_loss`` is
         the trainer's own; the loss returned here takes its place.
         Logs, detached 0-d tensors: ``anyflow_loss``, and the means of sigma_t, sigma_r and their difference as
-        ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``.
+        ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``; of "meanflow" also those of docs/recipes.md.
 
         Raises ValueError when the prediction has another shape than the target; RuntimeError when a trainer's model has
         not been given ``flowmap_r_timesteps`` since ``prepare_batch``, so that r would never be learned.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import is_sharded
 from ..patching import is_patched
 from ..patching.names import CRITIC, of_critic
 from ..patching.patch import delta_paths
@@ -35,7 +36,7 @@ def add_critic(model: nn.Module, config: Any = None, *, seed: int = 0) -> list[t
     A critic that is there already is returned as it is. Add it before FSDP shards the model.
 
     Raises ValueError when there is no adapter to copy the configuration from, for an initialisation that changes the
-    base weights, and where the critic has been made active.
+    base weights, for a model that FSDP2 has sharded, and where the critic has been made active.
     """
     bare = unwrap(model)
     if any(CRITIC in layer.active_adapters for layer in switchable(bare)):
@@ -43,6 +44,8 @@ def add_critic(model: nn.Module, config: Any = None, *, seed: int = 0) -> list[t
     present = critic_parameters(bare)
     if present:
         return present
+    if any(map(is_sharded, bare.parameters())):
+        raise ValueError("FSDP has sharded this model already: anyflow.add_critic(model) before that")
     config = _own_config(bare) if config is None else copy.deepcopy(config)
     if changes_base(config):
         raise ValueError("the critic must not change the base weights: give it another initialisation")
@@ -101,7 +104,7 @@ def _inject(bare: nn.Module, config: Any, seed: int) -> None:
         warnings.filterwarnings("ignore", message=".*(exclude_modules|Already found a `peft_config`)")
         torch.manual_seed(seed)
         inject_adapter_in_model(config, bare, adapter_name=CRITIC)
-    for parameter, flag in parameters:
+    for parameter, flag in parameters:  # older versions of peft freeze what is no adapter
         parameter.requires_grad_(flag)
     for layer in switchable(bare):
         if id(layer) in layers:

@@ -117,6 +117,6 @@ def fake_score_loss(
     s = s.view(rows) if s.ndim == 1 else s
     finite = x.isfinite().flatten(1).all(1).view(rows)
     inputs = interval_inputs(torch.where(finite, x.detach(), 0), noise, s, model_dtype=model_dtype)
-    x_sigma = inputs.x.requires_grad_()  # or re-entrant checkpointing of blocks whose inputs are all frozen cuts it off
+    x_sigma = inputs.x.requires_grad_()  # or re-entrant checkpointing cuts the critic off: all else is frozen
     loss, _ = flowmap_loss(fake(x_sigma, sigma), inputs.velocity, weight=(finite & (s > 0)).to(s.dtype), sign=sign)
     return loss

@@ -59,6 +59,7 @@ class ForwardStage:
     def __init__(self, roles: Roles) -> None:
         self.roles = roles
         self.shift = roles.schedule_shift()
+        self._batches = 0  # drawn so far
         if roles.config.derivative == "jvp":
             _check_jvp(roles)
 
@@ -66,23 +67,25 @@ class ForwardStage:
         config, streams, latents = self.roles.config, self.roles.streams, batch["latents"]
         count = 1 if layout.spec.times == "packed" else latents.shape[0]
         sizes = sizes_of_ranks(count, streams.dp_rank, streams.dp_size, latents.device)
-        phase = phase_of_draw(streams.draws)
+        phase = phase_of_draw(self._batches)
         pairs = sample_intervals(
             sum(sizes), config.diffusion_ratio, config.consistency_ratio, self.shift, phase, streams.shared()
         )
-        given = batch.get("sigmas")
+        self._batches += 1
+        given, own_r = batch.get("sigmas"), batch.get("r_sigmas")
         given = None if given is None else layout.for_model(at_least_float32(given))
-        if given is not None and batch.get("r_sigmas") is not None:
-            sigma, r = given, layout.for_model(at_least_float32(batch["r_sigmas"]))
+        if given is not None and own_r is not None:
+            sigma, r = given, layout.for_model(at_least_float32(own_r))
         else:
             start, dtype = sum(sizes[: streams.dp_rank]), torch.promote_types(latents.dtype, torch.float32)
             rows = slice(start, start + count)
             sigma, r = (layout.for_model(side[rows].to(latents.device, dtype)) for side in pairs)
-            if given is not None and given.ndim > 1:  # frames or tokens: what is clean in the batch stays clean
-                check_times(given, torch.zeros_like(given))
-                sigma, r = (_beside_clean(side, given) for side in (sigma, r))
         check_devices({"latents": latents, "noise": batch["noise"], "sigmas": sigma, "r_sigmas": r})
-        check_times(sigma, r, instantaneous=True)
+        if sigma is given:
+            check_times(sigma, r, instantaneous=True)
+        elif given is not None and given.ndim > 1:  # frames or tokens: what is clean in the batch stays clean
+            check_times(given, torch.zeros_like(given), instantaneous=True)
+            sigma, r = (_beside_clean(side, given) for side in (sigma, r))
         return sigma, r
 
     def prepare(
@@ -179,16 +182,16 @@ class ForwardStage:
         if roles.config.meanflow_adaptive_weighting:
             loss = loss * adaptive_balance(loss, diffusion, total, count)
         logs = {"anyflow_diffusion_loss": total / count.clamp_min(1), "anyflow_diffusion_share": count / samples}
-        if roles.config.derivative == "central_difference":
+        if roles.config.derivative == "central_difference" and roles.config.difference_precision == "model":
             difference, noise = difference_and_noise(prediction.detach(), terms)
             logs |= {"anyflow_difference": difference, "anyflow_difference_noise": noise}
         return roles.config.loss_weight * loss.sum() * (world_size() / samples), logs
 
     def state(self) -> State:
-        return {}, {}
+        return {}, {"forward_batches": str(self._batches)}
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        pass
+        self._batches = int(metadata["forward_batches"])
 
 
 def difference_and_noise(prediction: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:

@@ -120,8 +120,7 @@ class OnPolicyStage:
         mean, std = config.critic_logit_mean, config.critic_logit_std
         sigma = _at(levels, layout, sample_logit_normal(_count(layout), self.shift, mean, std, generator))
         base = roles.teacher_through(model)
-        called = model if roles.trainer is None else roles.trainer.get_trained_component()
-        with self.critic.trained(called):
+        with self.critic.trained(roles.called(base)):
             losses = fake_score_loss(
                 x,
                 noise,

@@ -44,6 +44,12 @@ class Roles:
     def teacher_through(self, model: nn.Module | None) -> Denoiser:
         return self.student_through(model) if self.student is self.teacher else self.teacher
 
+    def called(self, denoiser: Denoiser) -> nn.Module | None:
+        """The module that is called for ``denoiser``, wrappers included."""
+        if isinstance(denoiser, DiffusersDenoiser):
+            return denoiser.module
+        return None if self.trainer is None else self.trainer.get_trained_component()
+
     def scheduler(self) -> Any:
         """The scheduler that the model is sampled with, or None."""
         if self.noise_scheduler is not None:
