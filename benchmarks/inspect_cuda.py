@@ -7,12 +7,13 @@ an operator move over its floor, when a launch moves every array that it is give
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,8 @@ def used_by(cubin: Path, capability: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def inspect(targets: list[int]) -> dict[int, dict[str, dict[str, Any]]]:
+@functools.cache
+def inspect(targets: tuple[int, ...]) -> dict[int, dict[str, dict[str, Any]]]:
     """capability -> kernel -> what it uses."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
 
@@ -196,12 +198,12 @@ def inspect(targets: list[int]) -> dict[int, dict[str, dict[str, Any]]]:
     return found
 
 
-def report(targets: list[int], only: str = "") -> Iterator[dict[str, Any]]:
+def report(targets: Sequence[int], only: str = "") -> Iterator[dict[str, Any]]:
     """An entry for each case, kernel and target, as ``inspect_kernels`` makes them of the Triton kernels."""
     cases = {name: calls for name, calls in CASES.items() if only in name}
     if NVCC is None or not cases:
         return
-    found = inspect(targets)
+    found = inspect(tuple(targets))
     for name, calls in cases.items():
         for call in calls:
             for kernel, blocks, threads in call.launches:

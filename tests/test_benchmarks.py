@@ -210,7 +210,7 @@ def test_traffic_counts_operands_once_and_no_views() -> None:
 def test_inspection_writes_its_report(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     script = str(ROOT / "benchmarks" / "inspect_kernels.py")
-    done = run(script, "--only", " bf16", "--targets", "80", "90", "--out", str(tmp_path))
+    done = run(script, "--kernels", "triton", "--only", " bf16", "--targets", "80", "90", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     entries = json.loads((tmp_path / "kernels.json").read_text())
     assert len((tmp_path / "kernels.md").read_text().splitlines()) == 4 + len(entries)

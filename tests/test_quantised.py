@@ -15,7 +15,9 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, q
 
 import anyflow
 from anyflow import AnyFlowDistiller
+from anyflow.patching.clone import clone_embedder
 
+HAS_AVX512BF16 = bnb.functional.has_avx512bf16()
 SD3, Z_IMAGE = "SD3Transformer2DModel", "ZImageTransformer2DModel"
 Quantise = Callable[[nn.Module, bool], None]  # of a model, and whether to leave the delta embedder out
 
@@ -79,6 +81,13 @@ LIBRARIES = {
     "bitsandbytes 8 bit": replaced(eight_bit),
 }
 ALL = {**LIBRARIES, "bytes": replaced(Packed)}
+
+
+@pytest.fixture(autouse=True)
+def plain_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some CPUs bitsandbytes lays 4 bit weights out anew at the first inference, and fails where layers are as
+    narrow as the tiny models' are."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
 
 
 def quantised(name: str, how: Quantise, keep_delta: bool = False, patch_first: bool = False) -> Any:
@@ -188,3 +197,19 @@ def test_a_lora_on_quantised_embedders_trains(kind: str) -> None:
         assert torch.equal(tiny_models.call(model, SD3, inputs, t), prediction)
     with torch.no_grad():
         assert not torch.equal(tiny_models.call(model, SD3, inputs, t), prediction)
+
+
+@pytest.mark.skipif(not HAS_AVX512BF16, reason="bitsandbytes lays weights out anew only on CPUs with AVX512-BF16")
+def test_a_clone_of_4_bit_layers_that_have_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(128, 128))
+    embedder = nn.Sequential(four_bit(plain[0])).eval()
+    expected = clone_embedder(embedder, "embedder")
+    with torch.no_grad():
+        embedder(torch.randn(2, 128))
+    assert embedder[0].weight.quant_state.packing_format_for_cpu
+    clone = clone_embedder(embedder, "embedder")
+    # That layout keeps the scales of its blocks in bfloat16.
+    torch.testing.assert_close(clone[0].weight, expected[0].weight, rtol=2**-8, atol=0)
+    assert embedder[0].weight.quant_state.packing_format_for_cpu  # it goes on as it was

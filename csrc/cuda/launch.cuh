@@ -13,6 +13,9 @@ namespace anyflow::cuda {
 template <class... Parameters>
 void launch(
     c10::DeviceIndex device, void (*kernel)(Parameters...), dim3 blocks, int threads, const Parameters&... arguments) {
+  if (blocks.x == 0) { // an error to CUDA
+    return;
+  }
   const c10::cuda::CUDAGuard guard(device);
   kernel<<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream(device)>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -44,6 +44,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         for backend in ("reference", "triton"):
             if _library.why_not(backend, "cpu", operator) is None:
                 monkeypatch.setitem(operator.implementations, backend, spy(operator, backend))
+    # Without the extension the reference runs by default, and nothing would be laid over it when it is forced.
+    monkeypatch.setattr(_library, "_runs_by_default", lambda *_: "native")
     return made
 
 

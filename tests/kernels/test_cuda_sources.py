@@ -11,7 +11,7 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
-from samples import OPERATORS, check_against_oracle, outputs_and_gradients, sample_inputs
+from samples import check_against_oracle, outputs_and_gradients, sample_inputs
 from torch import Tensor
 
 from benchmarks import inspect_cuda
@@ -29,9 +29,7 @@ REGISTERS = 168  # with 128 threads: three blocks on a multiprocessor of 65536 r
 def compiled() -> list[tuple[str, dict[str, Any]]]:
     """(kernel, what it uses), of each target."""
     return [
-        (f"{name} sm_{c}", used)
-        for c, found in inspect_cuda.inspect(list(TARGETS)).items()
-        for name, used in found.items()
+        (f"{name} sm_{c}", used) for c, found in inspect_cuda.inspect(TARGETS).items() for name, used in found.items()
     ]
 
 
@@ -104,6 +102,24 @@ def test_weights_are_read_16_bytes_at_a_time(compiled: list[tuple[str, dict[str,
         assert used["loads"][16] >= units * dtypes, (name, used)
 
 
+@needs_nvcc
+@pytest.mark.usefixtures("compiled")
+def test_the_report_lists_every_launch() -> None:
+    entries = list(inspect_cuda.report(TARGETS))
+    launches = {
+        (case, kernel) for case, calls in inspect_cuda.CASES.items() for c in calls for kernel, _, _ in c.launches
+    }
+    for capability in TARGETS:
+        listed = {(e["case"], e["kernel"]) for e in entries if e["target"] == f"sm_{capability}"}
+        assert listed == {(f"{case}, CUDA C++", kernel) for case, kernel in launches}
+    for entry in entries:
+        # Elementwise operators move nothing twice; the embedding's backward reads the second layers twice, and the
+        # hidden units again and again.
+        limit = 1.6 if entry["operator_launches"] == 5 else 1.1 if "embedding" in entry["case"] else 1.002
+        assert 1 <= entry["operator_moved_over_floor"] <= limit, entry
+        assert entry["programs"] > 0 and sum(entry["loads"].values()) > 0
+
+
 # ---- on the CPU
 
 
@@ -123,7 +139,7 @@ LARGER: dict[str, dict[str, Any]] = {  # several blocks of every kernel, and end
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", cuda_on_host.OPERATORS)
 def test_larger_inputs(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     span = {"time_dtype": F64} if operator == "flowmap_embedding" else {}  # phases that float32 itself keeps
     check_against_oracle(
@@ -158,7 +174,7 @@ def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtypes", [(F32, BF16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", cuda_on_host.OPERATORS)
 def test_the_order_of_threads_and_blocks_changes_nothing(
     operator: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +190,7 @@ def test_the_order_of_threads_and_blocks_changes_nothing(
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", cuda_on_host.OPERATORS)
 def test_inputs_that_are_not_aligned(operator: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Contiguous, but 8 bytes or less past a multiple of 16: read one by one, with the same result to the bit."""
     sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1])

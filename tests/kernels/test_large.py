@@ -36,10 +36,10 @@ def _memory() -> Iterator[None]:
     gc.collect()
 
 
-def rows_of_one_kind() -> tuple[Tensor, Tensor]:
-    """[ROWS, WIDTH] bfloat16, whose rows are equal, and that row."""
-    row = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    values = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
+def rows_of_one_kind(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """[ROWS, WIDTH], whose rows are equal, and that row."""
+    row = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = torch.empty(ROWS, WIDTH, dtype=dtype)
     assert values.numel() > 1 << 31
     values[:] = row
     return values, row
@@ -82,3 +82,33 @@ def test_rollout_step_backward() -> None:
     )
     assert_rows(grad_x, row)
     assert_rows(grad_velocity, (-0.25 * row.float()).to(row.dtype))
+
+
+def test_interval_inputs_backward() -> None:
+    values, row = rows_of_one_kind()
+    sigma = torch.full((ROWS, 1), 0.25)
+    grad_x0, grad_noise = torch.ops.anyflow_kernels.interval_inputs_backward(
+        values, None, None, None, sigma, None, None, torch.bfloat16, torch.bfloat16
+    )
+    assert_rows(grad_x0, (0.75 * row.float()).to(row.dtype))
+    assert_rows(grad_noise, (0.25 * row.float()).to(row.dtype))
+
+
+def test_flowmap_loss() -> None:
+    """With sign -1 the residual of equal tensors is twice either; the first sample has another weight."""
+    values, row = rows_of_one_kind()
+    weight = torch.full((ROWS,), 0.25)
+    weight[0] = 2.0
+    loss, unweighted, residual = torch.ops.anyflow_kernels.flowmap_loss(
+        values, values, None, None, None, None, None, weight, 1.0, -1, True
+    )
+    assert_rows(residual, -2 * row.float())
+    torch.testing.assert_close(unweighted, (4 * row.double().square()).mean().float().expand(ROWS))
+    torch.testing.assert_close(loss, weight * unweighted)
+
+
+def test_dmd_gradient_backward() -> None:
+    gradient, row = rows_of_one_kind(torch.float32)
+    grad_loss = torch.full((ROWS,), 0.25 * WIDTH)
+    grad_x = torch.ops.anyflow_kernels.dmd_gradient_backward(grad_loss, gradient, torch.bfloat16)
+    assert_rows(grad_x, (0.25 * row).to(torch.bfloat16))

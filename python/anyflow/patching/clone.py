@@ -21,6 +21,7 @@ def clone_embedder(embedder: nn.Module, path: str) -> nn.Module:
         _check_forward(module, f"{path}.{name}" if name else path)
     with torch.inference_mode(False):  # it is to be trained, wherever it was made
         clone = copy.deepcopy(embedder)
+    clone.state_dict()  # bitsandbytes takes back the layout that inference on a CPU gave its 4 bit layers
     _merge_adapters(clone)
     _dequantise(clone)
     for name, parameter in clone.named_parameters():

@@ -28,6 +28,7 @@ ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "cuda_on_host"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 KEY = "PrivateUse1"  # a dispatch key that nothing else uses here
+OPERATORS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 IMPL = "TORCH_LIBRARY_IMPL(anyflow_kernels, {}, m)"
@@ -93,8 +94,12 @@ def kernels() -> dict[str, Callable[..., Any]]:
     """Operator -> its CUDA kernel on the CPU."""
     torch.ops.load_library(build())
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-    found = {name: torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", KEY) for name in _library._operators}
-    return {name: functools.partial(kernel.call_boxed, keys) for name, kernel in found.items()}
+    found = {}
+    for name in _library._operators:
+        qualified = f"{_library.NAMESPACE}::{name}"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, KEY):
+            found[name] = functools.partial(torch.library.get_kernel(qualified, KEY).call_boxed, keys)
+    return found
 
 
 @contextlib.contextmanager
