@@ -32,8 +32,8 @@ LORA_TARGETS = (  # the last block has no output for its text, so nothing depend
 )
 
 
-# The target mode of each phase of a recipe, and steps. A step of "meanflow" takes 0.36 of the time of one of "online", one
-# of "onpolicy" 2.4 times as long: all recipes train for about as long.
+# The target mode of each phase of a recipe, and its steps. A step of "meanflow" takes 0.36 of the time of one of
+# "online", one of "onpolicy" 2.4 times it: so all recipes train for about as long.
 RECIPES: dict[str, tuple[tuple[str, int], ...]] = {
     "online": (("online_teacher", 760),),
     "forward": (("meanflow", 2100),),
