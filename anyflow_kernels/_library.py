@@ -42,6 +42,10 @@ _MINIMUM_TRITON = (3, 5)
 _MINIMUM_CAPABILITY = (8, 0)
 
 
+class WrongTable(ValueError):
+    """A table of launch configurations that cannot be meant: to go on without it would hide the mistake."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator: its name and, per backend, the function (or ``module:function``, imported at first use); per device
@@ -119,7 +123,7 @@ def _default_kernel(operator: Operator, device_type: str) -> Callable[..., Any]:
             try:
                 with torch.cuda.device(_device_of(arguments)):
                     return operator.implementation("triton")(*arguments)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, WrongTable):
                 raise
             except Exception as error:  # a Triton without a working compiler or driver shows only at the first launch
                 _failures["triton", device_type] = f"gave up after {type(error).__name__}: {error}"
@@ -179,8 +183,9 @@ def why_not(backend: str, device_type: str, operator: Operator) -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator on one backend inside the ``with`` block: "reference", "triton" or "native".
 
-    The choice holds for the whole process, backward passes on autograd's own threads included. Blocks nest; the inner
-    one wins. On a device where the backend cannot run, an operator raises instead of falling back.
+    The choice holds for the whole process, backward passes on autograd's own threads included; a call that another
+    thread makes at the moment of entering or leaving may run the default. Blocks nest; the inner one wins. On a device
+    where the backend cannot run, an operator raises instead of falling back.
 
     Raises ValueError for an unknown name, RuntimeError when the backend runs on no device of this machine.
     """
@@ -195,10 +200,10 @@ def use_backend(name: str) -> Iterator[None]:
         listed = "; ".join(sorted({f"{device_type}: {reason}" for (_, device_type), reason in reasons.items()}))
         raise RuntimeError(f"backend {name!r} cannot run here ({listed})")
     choice = [name]  # its own object: blocks of several threads end in any order
-    with _lock:
-        _forced.append(choice)
-        _lay_over()
     try:
+        with _lock:
+            _forced.append(choice)
+            _lay_over()
         yield
     finally:
         with _lock:
@@ -328,6 +333,13 @@ def constant(name: str, **tensors: Tensor | None) -> None:
     for tensor_name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name}: not differentiable in {tensor_name}, which requires a gradient; detach it")
+
+
+def floating_dtype(name: str, **dtypes: torch.dtype | None) -> None:
+    """ValueError that names the argument when a dtype is given that is not floating point."""
+    for dtype_name, dtype in dtypes.items():
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"{name}: {dtype_name} must be floating point, got {dtype}")
 
 
 def same_shape(name: str, **tensors: Tensor | None) -> None:

@@ -91,7 +91,7 @@ def tile(
     TILE_COLUMNS: tl.constexpr,
 ):
     """Offsets [R, C] of a program's elements with their mask, and offsets [R] of their times with theirs."""
-    column_tiles = tl.cdiv(inner, TILE_COLUMNS)
+    column_tiles = (inner - 1) // TILE_COLUMNS + 1  # tl.cdiv would add first, past 2^31
     row = (program // column_tiles).to(INDEX) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = (program % column_tiles).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     time = row // frames // middle * frames + row % frames
@@ -132,7 +132,7 @@ def tile_of_sample(
     TILE_COLUMNS: tl.constexpr,
 ):
     """The sample of this program and the number of programs that share it; and what ``tile`` gives, in that sample."""
-    programs = tl.cdiv(row_count, TILE_ROWS) * tl.cdiv(inner, TILE_COLUMNS)
+    programs = ((row_count - 1) // TILE_ROWS + 1) * ((inner - 1) // TILE_COLUMNS + 1)
     sample = tl.program_id(0) // programs
     offset, mask, time, time_mask = tile(
         tl.program_id(0) % programs, row_count, middle, frames, inner, INDEX, TILE_ROWS, TILE_COLUMNS

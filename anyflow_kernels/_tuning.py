@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import _library
+from ._library import WrongTable
 
 SIZES = ("small", "medium", "large")
 FOLDER = Path(__file__).parent / "tuned"
@@ -40,7 +41,8 @@ def size_of(elements: int) -> str:
 def tuned(operator: str, size: str, default: Any, device: torch.device) -> Any:
     """``default``, a frozen dataclass, with the fields that the table of the device changes for this operator and size.
 
-    Raises ValueError when the table is none, or names an unknown operator, size or field, or a value of another type.
+    Raises WrongTable, a ValueError, when the table is none, names an unknown operator, size or field, or has a value of
+    another type, or for a block or a number of warps one that is no power of two.
     """
     changes = (_table(device) if _trial is None else _trial).get((operator, size))
     if changes is None:
@@ -49,9 +51,11 @@ def tuned(operator: str, size: str, default: Any, device: torch.device) -> Any:
     for field, value in changes.items():
         what = f"launch configuration of {operator}, {size}: {field!r}"
         if field not in known:
-            raise ValueError(f"{what} is no field; allowed are {', '.join(map(repr, known))}")
+            raise WrongTable(f"{what} is no field; allowed are {', '.join(map(repr, known))}")
         if type(value) is not type(known[field]) or value < 0:
-            raise ValueError(f"{what} must be a {type(known[field]).__name__}, got {value!r}")
+            raise WrongTable(f"{what} must be a {type(known[field]).__name__}, got {value!r}")
+        if ("block" in field or field == "num_warps") and (value == 0 or value & (value - 1)):
+            raise WrongTable(f"{what} must be a power of two, got {value}")
     return replace(default, **changes)
 
 
@@ -102,7 +106,7 @@ def read(name: str) -> Table:
             if not isinstance(changes, dict):
                 raise ValueError(f"{operator}, {size}: must be fields and their values, got {changes!r}")
     except (AttributeError, ValueError) as error:  # also what is no JSON, or JSON of another shape
-        raise ValueError(f"{path}: {error}") from error
+        raise WrongTable(f"{path}: {error}") from error
     return table
 
 

@@ -20,7 +20,7 @@ from .operators import LEVELS
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("anyflow", "AnyFlow's benchmarks")
     group.addoption("--level", choices=LEVELS, default="default", help="how many sizes")
-    group.addoption("--full", dest="--level", action="store_const", const="full", help="every size")
+    group.addoption("--full", dest="level", action="store_const", const="full", help="every size")
     group.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU where there is one")
     group.addoption("--rounds", type=int, default=None, help="timed rounds of each benchmark")
     group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder of the results")

@@ -64,7 +64,7 @@ def _gate_blend(rows: int = 21, width: int = 1536) -> list[Case]:
 def _rollout_step(size: int = 16 * 21 * 60 * 104) -> list[Case]:
     """Guided, float32 state, bfloat16 velocities, one time."""
     blocks = _blocks(size, BLOCK * ELEMENTS)
-    forward, backward = (4 * FP32 + 3 * BF16) * size, (2 * FP32 + 3 * BF16) * size
+    forward, backward = (4 * FP32 + 3 * BF16) * size, (3 * FP32 + 3 * BF16) * size
     types = "<float, BFloat16>"
     return [
         Case((("rollout_step_fwd_kernel" + types, blocks, BLOCK),), forward, forward),

@@ -277,12 +277,15 @@ CASES = (
     blend(WAN, 1, 1536, FP32),
     blend(f"{WAN}, a time for each frame", 21, 1536, FP32, "default"),
     blend(f"{WAN}, a time for each token", WAN_TOKENS, 1536, FP32),
+    blend(f"{WAN}, a time for each token, bfloat16", WAN_TOKENS, 1536, BF16),
     blend(WAN_14B, 1, 5120, FP32),
     rollout(DIGITS, (64, 1, 8, 8), FP32, 1.5, "smallest"),
     rollout(SD3, (4, 16, 128, 128), BF16, 7.0, "default"),
     rollout(SDXL, (4, 4, 128, 128), BF16, 5.0),
     rollout(FLUX, (1, 4096, 64), BF16),
+    rollout(f"{SDXL}, float32", (4, 4, 128, 128), FP32, 5.0),
     rollout(f"{WAN} (and 14B)", WAN_LATENTS, BF16, 5.0, "default"),
+    rollout(f"{WAN} (and 14B), float32", WAN_LATENTS, FP32, 5.0),
     *(
         objective(*size)
         for objective in (interval, loss, distribution_matching)
@@ -292,6 +295,8 @@ CASES = (
             (SDXL, (4, 4, 128, 128), BF16, "default"),
             (FLUX, (1, 4096, 64), BF16),
             (f"{WAN} (and 14B)", WAN_LATENTS, BF16, "default"),
+            (f"{SDXL}, float32", (4, 4, 128, 128), FP32),
+            (f"{WAN} (and 14B), float32", WAN_LATENTS, FP32),
         )
     ),
 )

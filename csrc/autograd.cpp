@@ -3,12 +3,18 @@
 // reached through the dispatcher, for whichever device and backend.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <initializer_list>
+#include <algorithm>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 namespace anyflow {
 namespace {
@@ -26,21 +32,48 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-bool wants_gradient(std::initializer_list<const Tensor*> tensors) {
-  if (!at::GradMode::is_enabled()) {
-    return false;
-  }
-  for (const Tensor* tensor : tensors) {
-    if (tensor && tensor->requires_grad()) {
-      return true;
-    }
-  }
+bool wants_gradient(const Tensor& tensor) {
+  return tensor.requires_grad();
+}
+
+bool wants_gradient(const OptionalTensor& tensor) {
+  return tensor && tensor->requires_grad();
+}
+
+template <class T>
+bool wants_gradient(const T&) {
   return false;
 }
 
-const Tensor* pointer(const OptionalTensor& tensor) {
-  return tensor ? &*tensor : nullptr;
-}
+// The operator of a Function, which has its name and signature: through the Function where a gradient is wanted.
+template <class Node, class Signature = typename Node::Signature>
+struct Operator;
+
+template <class Node, class Result, class... Arguments>
+struct Operator<Node, Result(Arguments...)> {
+  static Result run(Arguments... arguments) {
+    if (!at::GradMode::is_enabled() || !(wants_gradient(arguments) || ...)) {
+      return below(arguments...);
+    }
+    if constexpr (std::is_same_v<Result, Tensor>) {
+      return Node::apply(arguments...);
+    } else {
+      return in_tuple(Node::apply(arguments...), std::make_index_sequence<std::tuple_size_v<Result>>());
+    }
+  }
+
+  static Result below(Arguments... arguments) {
+    static const auto operation = find<Result(Arguments...)>(Node::name);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return operation.call(arguments...);
+  }
+
+ private:
+  template <std::size_t... I>
+  static Result in_tuple(const variable_list& results, std::index_sequence<I...>) {
+    return {results[I]...};
+  }
+};
 
 Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor.value_or(Tensor());
@@ -52,20 +85,16 @@ OptionalTensor or_none(const Tensor& tensor) {
 
 // ---- gate_blend
 
-using GateBlendSignature = Tensor(const Tensor&, const Tensor&, const Tensor&);
 using GateBlendBackwardSignature =
     std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool);
 
-Tensor call_gate_blend(const Tensor& base, const Tensor& delta, const Tensor& gate) {
-  static const auto operation = find<GateBlendSignature>("anyflow_kernels::gate_blend");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return operation.call(base, delta, gate);
-}
-
 struct GateBlend : public Function<GateBlend> {
+  static constexpr char name[] = "anyflow_kernels::gate_blend";
+  using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&);
+
   static Tensor forward(AutogradContext* context, const Tensor& base, const Tensor& delta, const Tensor& gate) {
     context->save_for_backward({base, delta, gate});
-    return call_gate_blend(base, delta, gate);
+    return Operator<GateBlend>::below(base, delta, gate);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -76,29 +105,19 @@ struct GateBlend : public Function<GateBlend> {
   }
 };
 
-Tensor gate_blend(const Tensor& base, const Tensor& delta, const Tensor& gate) {
-  return wants_gradient({&base, &delta, &gate}) ? GateBlend::apply(base, delta, gate)
-                                                : call_gate_blend(base, delta, gate);
-}
-
 // ---- rollout_step
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using RolloutStepSignature = Four(
-    const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-    const Tensor&, double, int64_t, double, double, ScalarType, bool);
 using RolloutStepBackwardSignature = std::tuple<Tensor, Tensor, Tensor>(
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
     const Tensor&, const Tensor&, const Tensor&, double, int64_t, ScalarType);
 
-template <class... Arguments>
-Four call_rollout_step(const Arguments&... arguments) {
-  static const auto operation = find<RolloutStepSignature>("anyflow_kernels::rollout_step");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return operation.call(arguments...);
-}
-
 struct RolloutStep : public Function<RolloutStep> {
+  static constexpr char name[] = "anyflow_kernels::rollout_step";
+  using Signature = Four(
+      const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+      const Tensor&, double, int64_t, double, double, ScalarType, bool);
+
   static variable_list forward(
       AutogradContext* context,
       const Tensor& x,
@@ -114,7 +133,7 @@ struct RolloutStep : public Function<RolloutStep> {
       double time_offset,
       ScalarType model_dtype,
       bool last) {
-    auto [new_x, new_average, model_input, model_time] = call_rollout_step(
+    auto [new_x, new_average, model_input, model_time] = Operator<RolloutStep>::below(
         x, average, velocity, uncond_velocity, sigma, sigma_next, weight, guidance_scale, sign, time_scale,
         time_offset, model_dtype, last);
     context->save_for_backward({velocity, or_undefined(uncond_velocity), sigma, sigma_next, weight});
@@ -156,47 +175,17 @@ struct RolloutStep : public Function<RolloutStep> {
   }
 };
 
-Four rollout_step(
-    const Tensor& x,
-    const OptionalTensor& average,
-    const Tensor& velocity,
-    const OptionalTensor& uncond_velocity,
-    const Tensor& sigma,
-    const Tensor& sigma_next,
-    const Tensor& weight,
-    double guidance_scale,
-    int64_t sign,
-    double time_scale,
-    double time_offset,
-    ScalarType model_dtype,
-    bool last) {
-  if (!wants_gradient({&x, pointer(average), &velocity, pointer(uncond_velocity)})) {
-    return call_rollout_step(
-        x, average, velocity, uncond_velocity, sigma, sigma_next, weight, guidance_scale, sign, time_scale,
-        time_offset, model_dtype, last);
-  }
-  auto results = RolloutStep::apply(
-      x, average, velocity, uncond_velocity, sigma, sigma_next, weight, guidance_scale, sign, time_scale, time_offset,
-      model_dtype, last);
-  return {results[0], results[1], results[2], results[3]};
-}
-
 // ---- interval_inputs
 
-using IntervalInputsSignature = Four(
-    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, ScalarType);
 using IntervalInputsBackwardSignature = std::tuple<Tensor, Tensor>(
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
     const OptionalTensor&, const OptionalTensor&, ScalarType, ScalarType);
 
-template <class... Arguments>
-Four call_interval_inputs(const Arguments&... arguments) {
-  static const auto operation = find<IntervalInputsSignature>("anyflow_kernels::interval_inputs");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return operation.call(arguments...);
-}
-
 struct IntervalInputs : public Function<IntervalInputs> {
+  static constexpr char name[] = "anyflow_kernels::interval_inputs";
+  using Signature = Four(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, ScalarType);
+
   static variable_list forward(
       AutogradContext* context,
       const Tensor& x0,
@@ -206,7 +195,7 @@ struct IntervalInputs : public Function<IntervalInputs> {
       const OptionalTensor& sigma_minus,
       ScalarType model_dtype) {
     auto [x, x_plus, x_minus, velocity] =
-        call_interval_inputs(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
+        Operator<IntervalInputs>::below(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
     context->save_for_backward({sigma, or_undefined(sigma_plus), or_undefined(sigma_minus)});
     context->saved_data["x0_dtype"] = x0.scalar_type();
     context->saved_data["noise_dtype"] = noise.scalar_type();
@@ -232,37 +221,18 @@ struct IntervalInputs : public Function<IntervalInputs> {
   }
 };
 
-Four interval_inputs(
-    const Tensor& x0,
-    const Tensor& noise,
-    const Tensor& sigma,
-    const OptionalTensor& sigma_plus,
-    const OptionalTensor& sigma_minus,
-    ScalarType model_dtype) {
-  if (!wants_gradient({&x0, &noise})) {
-    return call_interval_inputs(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
-  }
-  auto results = IntervalInputs::apply(x0, noise, sigma, sigma_plus, sigma_minus, model_dtype);
-  return {results[0], results[1], results[2], results[3]};
-}
-
 // ---- flowmap_loss
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
-using FlowmapLossSignature = Three(
-    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, const OptionalTensor&, const Tensor&, double, int64_t, bool);
 using FlowmapLossBackwardSignature = Tensor(
     const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, double, int64_t, ScalarType);
 
-template <class... Arguments>
-Three call_flowmap_loss(const Arguments&... arguments) {
-  static const auto operation = find<FlowmapLossSignature>("anyflow_kernels::flowmap_loss");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return operation.call(arguments...);
-}
-
 struct FlowmapLoss : public Function<FlowmapLoss> {
+  static constexpr char name[] = "anyflow_kernels::flowmap_loss";
+  using Signature = Three(
+      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&, const Tensor&, double, int64_t, bool);
+
   static variable_list forward(
       AutogradContext* context,
       const Tensor& prediction,
@@ -276,7 +246,7 @@ struct FlowmapLoss : public Function<FlowmapLoss> {
       double guidance_scale,
       int64_t sign,
       bool need_residual) {
-    auto [loss, unweighted, residual] = call_flowmap_loss(
+    auto [loss, unweighted, residual] = Operator<FlowmapLoss>::below(
         prediction, target_velocity, uncond_prediction, u_plus, u_minus, interval, gap, weight, guidance_scale, sign,
         need_residual);
     context->save_for_backward({residual, weight});
@@ -303,44 +273,17 @@ struct FlowmapLoss : public Function<FlowmapLoss> {
   }
 };
 
-Three flowmap_loss(
-    const Tensor& prediction,
-    const Tensor& target_velocity,
-    const OptionalTensor& uncond_prediction,
-    const OptionalTensor& u_plus,
-    const OptionalTensor& u_minus,
-    const OptionalTensor& interval,
-    const OptionalTensor& gap,
-    const Tensor& weight,
-    double guidance_scale,
-    int64_t sign,
-    bool need_residual) {
-  if (!wants_gradient({&prediction})) {
-    return call_flowmap_loss(
-        prediction, target_velocity, uncond_prediction, u_plus, u_minus, interval, gap, weight, guidance_scale, sign,
-        need_residual);
-  }
-  auto results = FlowmapLoss::apply(
-      prediction, target_velocity, uncond_prediction, u_plus, u_minus, interval, gap, weight, guidance_scale, sign,
-      need_residual);
-  return {results[0], results[1], results[2]};
-}
-
 // ---- dmd_gradient
 
 using Two = std::tuple<Tensor, Tensor>;
-using DmdGradientSignature = Two(
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, int64_t);
 using DmdGradientBackwardSignature = Tensor(const Tensor&, const Tensor&, ScalarType);
 
-template <class... Arguments>
-Two call_dmd_gradient(const Arguments&... arguments) {
-  static const auto operation = find<DmdGradientSignature>("anyflow_kernels::dmd_gradient");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return operation.call(arguments...);
-}
-
 struct DmdGradient : public Function<DmdGradient> {
+  static constexpr char name[] = "anyflow_kernels::dmd_gradient";
+  using Signature = Two(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+      int64_t);
+
   static variable_list forward(
       AutogradContext* context,
       const Tensor& x,
@@ -351,7 +294,7 @@ struct DmdGradient : public Function<DmdGradient> {
       const OptionalTensor& uncond_real_velocity,
       double guidance_scale,
       int64_t sign) {
-    auto [loss, gradient] = call_dmd_gradient(
+    auto [loss, gradient] = Operator<DmdGradient>::below(
         x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity, guidance_scale, sign);
     context->save_for_backward({gradient});
     context->saved_data["dtype"] = x.scalar_type();
@@ -371,32 +314,110 @@ struct DmdGradient : public Function<DmdGradient> {
   }
 };
 
-Two dmd_gradient(
-    const Tensor& x,
-    const Tensor& sigma,
-    const Tensor& x_sigma,
-    const Tensor& real_velocity,
-    const Tensor& fake_velocity,
-    const OptionalTensor& uncond_real_velocity,
-    double guidance_scale,
-    int64_t sign) {
-  if (!wants_gradient({&x})) {
-    return call_dmd_gradient(
-        x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity, guidance_scale, sign);
+// ---- flowmap_embedding
+
+using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using FlowmapEmbeddingBackwardSignature = Nine(
+    const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, int64_t, bool, double, double, double, double, std::string_view, bool, bool, bool);
+
+struct FlowmapEmbedding : public Function<FlowmapEmbedding> {
+  static constexpr char name[] = "anyflow_kernels::flowmap_embedding";
+  using Signature = std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+      const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t, bool, double,
+      double, double, double, std::string_view, bool);
+
+  static variable_list forward(
+      AutogradContext* context,
+      const Tensor& t,
+      const Tensor& r,
+      const Tensor& base_weight_1,
+      const OptionalTensor& base_bias_1,
+      const Tensor& base_weight_2,
+      const OptionalTensor& base_bias_2,
+      const Tensor& delta_weight_1,
+      const OptionalTensor& delta_bias_1,
+      const Tensor& delta_weight_2,
+      const OptionalTensor& delta_bias_2,
+      const Tensor& gate,
+      int64_t num_channels,
+      bool flip_sin_to_cos,
+      double downscale_freq_shift,
+      double scale,
+      double max_period,
+      double time_scale,
+      std::string_view deltatime_type,
+      bool with_silu) {
+    auto [embedding, silu] = Operator<FlowmapEmbedding>::below(
+        t, r, base_weight_1, base_bias_1, base_weight_2, base_bias_2, delta_weight_1, delta_bias_1, delta_weight_2,
+        delta_bias_2, gate, num_channels, flip_sin_to_cos, downscale_freq_shift, scale, max_period, time_scale,
+        deltatime_type, with_silu);
+    const variable_list weights{
+        base_weight_1, or_undefined(base_bias_1), base_weight_2, or_undefined(base_bias_2),
+        delta_weight_1, or_undefined(delta_bias_1), delta_weight_2, or_undefined(delta_bias_2)};
+    const auto wanted = [&](size_t first) {
+      return std::any_of(weights.begin() + first, weights.begin() + first + 4, [](const Tensor& weight) {
+        return weight.defined() && weight.requires_grad();
+      });
+    };
+    variable_list saved{t, r, gate};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    context->save_for_backward(std::move(saved));
+    auto& data = context->saved_data;
+    data["options"] = std::tuple(num_channels, flip_sin_to_cos);
+    data["scales"] = std::vector<double>{downscale_freq_shift, scale, max_period, time_scale};
+    data["deltatime_type"] = std::string(deltatime_type);
+    data["needs"] = std::tuple(wanted(0), wanted(4), gate.requires_grad());
+    context->set_materialize_grads(false);
+    if (!with_silu) {
+      context->mark_non_differentiable({silu});
+    }
+    return {embedding, silu};
   }
-  auto results = DmdGradient::apply(
-      x, sigma, x_sigma, real_velocity, fake_velocity, uncond_real_velocity, guidance_scale, sign);
-  return {results[0], results[1]};
-}
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto operation =
+        find<FlowmapEmbeddingBackwardSignature>("anyflow_kernels::flowmap_embedding_backward");
+    variable_list results(19); // one for each argument of forward
+    if (!grads[0].defined() && !grads[1].defined()) {
+      return results;
+    }
+    const auto saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    const auto [num_channels, flip_sin_to_cos] = data["options"].to<std::tuple<int64_t, bool>>();
+    const auto scales = data["scales"].toDoubleVector();
+    const auto [need_base, need_delta, need_gate] = data["needs"].to<std::tuple<bool, bool, bool>>();
+    const Tensor grad = grads[0].defined() ? grads[0] : at::zeros_like(grads[1]);
+    std::tie(
+        results[2], results[3], results[4], results[5], results[6], results[7], results[8], results[9], results[10]) =
+        operation.call(
+            grad, or_none(grads[1]), saved[0], saved[1], saved[3], or_none(saved[4]), saved[5], or_none(saved[6]),
+            saved[7], or_none(saved[8]), saved[9], or_none(saved[10]), saved[2], num_channels, flip_sin_to_cos,
+            scales[0], scales[1], scales[2], scales[3], data["deltatime_type"].toStringRef(), need_base, need_delta,
+            need_gate);
+    for (size_t i = 0; i < 8; ++i) { // empty where nothing was asked for
+      if (!saved[3 + i].defined() || !(i < 4 ? need_base : need_delta)) {
+        results[2 + i] = Tensor();
+      }
+    }
+    if (!need_gate) {
+      results[10] = Tensor();
+    }
+    return results;
+  }
+};
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(anyflow_kernels, Autograd, m) {
-  m.impl("gate_blend", &gate_blend);
-  m.impl("rollout_step", &rollout_step);
-  m.impl("interval_inputs", &interval_inputs);
-  m.impl("flowmap_loss", &flowmap_loss);
-  m.impl("dmd_gradient", &dmd_gradient);
+  m.impl("flowmap_embedding", &Operator<FlowmapEmbedding>::run);
+  m.impl("gate_blend", &Operator<GateBlend>::run);
+  m.impl("rollout_step", &Operator<RolloutStep>::run);
+  m.impl("interval_inputs", &Operator<IntervalInputs>::run);
+  m.impl("flowmap_loss", &Operator<FlowmapLoss>::run);
+  m.impl("dmd_gradient", &Operator<DmdGradient>::run);
 }
 
 } // namespace anyflow

@@ -1,4 +1,5 @@
 // x' = x + (sigma_next - sigma) v,  average' = average + weight v,  v = sign (v_u + guidance_scale (v_c - v_u))
+#include "rollout_dtypes.h"
 #include "times.h"
 
 #include <tuple>
@@ -135,12 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
     double time_offset,
     ScalarType model_dtype,
     bool last) {
-  const ScalarType accumulate = accumulation_dtype({x.scalar_type(), velocity.scalar_type()});
-  ScalarType model = storage_dtype(velocity.scalar_type(), accumulate);
-  if (uncond_velocity && uncond_velocity->scalar_type() != velocity.scalar_type()) {
-    model = accumulate;
-  }
-  const ScalarType state = x.scalar_type() == model ? model : accumulate;
+  const auto [accumulate, model, state] = RolloutDtypes(x, velocity, uncond_velocity);
   const bool has_input = !last && model_dtype != accumulate;
 
   Forward kernel;
@@ -185,20 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
     double guidance_scale,
     int64_t sign,
     ScalarType x_dtype) {
-  ScalarType accumulate = accumulation_dtype({velocity.scalar_type()});
-  for (const OptionalTensor* grad : {&grad_x, &grad_average, &grad_input}) {
-    if (*grad) {
-      accumulate = accumulation_dtype({accumulate, (*grad)->scalar_type()});
-    }
-  }
-  ScalarType model = storage_dtype(velocity.scalar_type(), accumulate);
-  if (uncond_velocity && uncond_velocity->scalar_type() != velocity.scalar_type()) {
-    model = accumulate;
-  }
-  if (grad_input && grad_input->scalar_type() != model) { // rounded to the dtype of the velocities it would lose bits
-    model = accumulate;
-  }
-  const ScalarType state = x_dtype == model ? model : accumulate;
+  const auto [accumulate, model, state] =
+      RolloutDtypes::backward(x_dtype, velocity, uncond_velocity, {&grad_x, &grad_average, &grad_input}, grad_input);
 
   Backward kernel;
   kernel.grad_x_out = empty(velocity.sizes(), state, velocity);

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import test_onpolicy as onpolicy
+import tiny_models
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -109,7 +110,7 @@ def train(
         wrapped = nn.parallel.DistributedDataParallel(model)
     anyflow.trainable_parameters(model)
     anyflow.add_critic(model, seed=CONFIG["seed"])
-    onpolicy.move_critic(model)
+    tiny_models.move_critic(model)
     if mode == "fsdp2":
         mesh = init_device_mesh("cpu", (len(sizes),), mesh_dim_names=("dp",))
         for block in model.transformer_blocks:

@@ -166,7 +166,7 @@ def test_full_rank_student_has_a_separate_teacher() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "two adapters, one active", "published recipe", "lycoris lokr"])
 def test_a_teacher_between_forward_and_backward_leaves_gradients_alone(kind: str, use_reentrant: bool) -> None:
-    """Also where checkpointing runs the blocks again; B03: and where another adapter is active."""
+    """Also where checkpointing runs the blocks again, and where another adapter is active."""
     grads = []
     for checkpointing in (False, True):
         held, network = student(SD3, kind)
@@ -335,7 +335,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_rank")
 class TestFlatParameters:
-    """B06: FSDP makes one parameter of what it wraps, and so of trained and frozen ones."""
+    """FSDP makes one parameter of what it wraps, and so of trained and frozen ones."""
 
     def wrapped(self, use_orig_params: bool, frozen: bool) -> Any:
         model = tiny_models.build(SD3)
@@ -363,7 +363,7 @@ class TestFlatParameters:
 
 
 class TestGradientCheck:
-    """B09: a loss that is finite, and parameters that never move."""
+    """A loss that is finite, and parameters that never move."""
 
     def steps(self, distiller: AnyFlowDistiller, count: int = 2) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:

@@ -169,7 +169,7 @@ def test_nothing_is_reported_on_a_red_gate(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["results"] == []
-    assert [entry["mode"] for entry in document["refused"]] == list(MODES)
+    assert [entry["mode"] for entry in document["refused"]] == [*MODES, *bench_overhead.MODES]
     assert "REFUSED gate_blend, digits demo, forward: reference: result 0" in (tmp_path / "summary.md").read_text()
 
 
@@ -220,9 +220,12 @@ def test_inspection_writes_its_report(tmp_path: Path) -> None:
         # One launch that moves nothing twice; the gate's partial sums are a thousandth. The embedding's forward reads
         # weights once, with a little scratch; its backward reads the second layers twice.
         limit = 1.002 if elementwise else 1.1 if "bwd" not in entry["kernel"] else 1.6
+        if entry["case"].startswith("dmd_gradient"):  # the normaliser of a sample needs both scores before anything
+            limit = 1.5
         assert 1 <= entry["operator_moved_over_floor"] <= limit, entry
         if elementwise:
-            assert entry["operator_launches"] == 1 and entry["occupancy"] >= 0.5
+            launches = 2 if entry["case"].startswith("dmd_gradient") and "bwd" not in entry["kernel"] else 1
+            assert entry["operator_launches"] == launches and entry["occupancy"] >= 0.5
 
 
 def test_the_precision_of_a_derivative() -> None:

@@ -56,7 +56,7 @@ class NetDenoiser:
 
 
 def test_the_solver_is_good_enough() -> None:
-    """Fourth order: with twice the steps the end moves by less than 1e-5, a thousandth of the errors below; and the
+    """Fourth order: with twice the steps the end moves by less than 1e-4, a thousandth of the errors below; and the
     velocity is what the least squares fit of noise - x0 at one place of the path finds."""
     generator = torch.Generator().manual_seed(0)
     z, one = torch.randn(500, 2, generator=generator), torch.ones(500)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import forward_ranks
 import pytest
 import torch
+from two_ranks import launch
 
 MODES, VARIANTS = ("ddp", "fsdp2", "accelerate", "context"), ("guided", "base")
 STEPS, LONG, STOP = 3, 20, 9
@@ -20,31 +18,12 @@ SCRIPT = Path(forward_ranks.__file__)
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, *jobs: str) -> None:
-    """Two ranks with batches of 3 and 1."""
-    (folder / "store").unlink(missing_ok=True)
-    path = os.pathsep.join([str(SCRIPT.parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), "3,1", str(folder), *jobs],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks leave: a run of every mode and variant, a long one, and one that was killed on the way."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [f"{mode}:{variant}:{STEPS}:0" for mode, variant in product(MODES, VARIANTS)]
-    launch(folder, *jobs, f"ddp:guided:{LONG}:0", f"ddp:guided:{LONG + 1}:{STOP}")
+    launch(SCRIPT, folder, *jobs, f"ddp:guided:{LONG}:0", f"ddp:guided:{LONG + 1}:{STOP}")
     return folder
 
 
@@ -66,7 +45,7 @@ def test_two_ranks_with_unequal_batches_are_one_process(mode: str, variant: str,
 def test_a_killed_run_continues_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     whole = torch.load(folder / f"ddp-guided-{LONG}.pt", weights_only=True)
     resumed_in = shutil.copytree(folder, tmp_path / "resumed")
-    launch(resumed_in, f"ddp:guided:{LONG}:0")
+    launch(SCRIPT, resumed_in, f"ddp:guided:{LONG}:0")
     resumed = torch.load(resumed_in / f"ddp-guided-{LONG}.pt", weights_only=True)
     assert len(resumed["losses"]) == LONG - STOP and resumed["losses"] == whole["losses"][STOP:]
     for name, weight in whole["weights"].items():

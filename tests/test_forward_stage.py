@@ -21,6 +21,7 @@ from anyflow import AnyFlowDistiller
 from anyflow.adapters import frozen
 from anyflow.families import find_spec
 from anyflow.layout import TimeLayout
+from anyflow.precision import float32_forward
 from anyflow.stages.forward import TERMS
 from anyflow.streams import RandomStreams
 from anyflow.time import phase_of_draw, sample_intervals, unshift_sigma
@@ -129,7 +130,7 @@ class TestDraws:
         drawn += [torch.stack(self.drawn(*first))]
         torch.manual_seed(2)
         torch.rand(5)
-        second[0].load_state(*state)
+        second[0].plan_load(*state)()
         second[0].roles.streams.draws = draws
         assert torch.equal(torch.stack(self.drawn(*second)), drawn[1])
         assert not torch.equal(drawn[0], drawn[1])
@@ -382,6 +383,34 @@ class TestPrecision:
         wide = target("float32", False)
         assert torch.equal(target("float32", True), wide) and torch.equal(target("model", False), wide)
         assert not torch.equal(target("model", True), wide)
+
+    def test_half_of_a_pair_of_ones_own(self) -> None:
+        distiller = AnyFlowDistiller(protocol.student(SD3), config=PLAIN)
+        batch = {key: value for key, value in batch_for(SD3).items() if key != "sigmas"}
+        with pytest.raises(ValueError, match="r_sigmas without sigmas"):
+            distiller.prepare_batch({**batch, "r_sigmas": torch.tensor([0.3, 0.1])})
+
+    def test_float32_forwards_of_a_compiled_model_run_eagerly(self) -> None:
+        runs: list[None] = []
+
+        def counting(graph: Any, _: Any) -> Any:
+            return lambda *arguments: (runs.append(None), graph(*arguments))[1]
+
+        def target(precision: str, compiled: bool) -> Tensor:
+            model = protocol.student(SD3)
+            distiller = AnyFlowDistiller(model, config={**PLAIN, "difference_precision": precision})
+            called = torch.compile(model, backend=counting) if compiled else None
+            return distiller.prepare_batch(batch_for(SD3), called)["target"]
+
+        assert torch.equal(target("float32", True), target("float32", False)) and not runs
+        target("model", True)
+        assert len(runs) == 2
+
+    def test_every_cast_to_half_precision_is_widened(self) -> None:
+        x = torch.tensor([1.001])
+        with float32_forward("cpu"):
+            casts = [x.bfloat16(), x.half(), x.to(torch.bfloat16), x.type_as(x.bfloat16())]
+        assert all(cast.dtype == torch.float32 and torch.equal(cast, x) for cast in casts)
 
     def test_noise_is_logged(self) -> None:
         """Independent errors of the three outputs, of a known size; nothing of the sample with r = t."""

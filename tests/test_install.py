@@ -13,17 +13,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from needs import needs_extension
 
-import anyflow_kernels
 from anyflow_kernels import _native
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("pip")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="PATH is emptied and compilers are replaced by scripts")
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler to find the error")
-needs_extension = pytest.mark.skipif(
-    _native.extension is None, reason=anyflow_kernels.describe().splitlines()[-1].replace("%", "%%")
-)
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import onpolicy_ranks
 import pytest
 import torch
+from two_ranks import launch
 
 MODES = ("ddp", "late ddp", "fsdp2", "accelerate")
 STEPS, LONG, STOP = 3, 20, 9
@@ -19,29 +17,10 @@ SCRIPT = Path(onpolicy_ranks.__file__)
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, *jobs: str) -> None:
-    """Two ranks with batches of 3 and 1."""
-    (folder / "store").unlink(missing_ok=True)
-    path = os.pathsep.join([str(SCRIPT.parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), "3,1", str(folder), *jobs],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, *(f"{mode}:{STEPS}:0" for mode in MODES), f"ddp:{LONG}:0", f"fsdp2:{LONG}:0")
+    launch(SCRIPT, folder, *(f"{mode}:{STEPS}:0" for mode in MODES), f"ddp:{LONG}:0", f"fsdp2:{LONG}:0")
     return folder
 
 
@@ -77,7 +56,7 @@ def test_two_ranks_with_unequal_batches_are_one_process(mode: str, folder: Path,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_equal_on_all_ranks_and_what_is_not(mode: str, folder: Path) -> None:
-    """Steps, place, collectives and forwards are; noise and sigma are not (A26)."""
+    """Steps, place, collectives and forwards are; noise and sigma are not."""
     first, second = ranks(folder, f"{mode}-{STEPS}")
     assert first["paths"] == second["paths"] and len(first["paths"]) == 2 * STEPS
     assert len({path[:2] for path in first["paths"]}) > 1
@@ -92,8 +71,8 @@ def test_what_is_equal_on_all_ranks_and_what_is_not(mode: str, folder: Path) -> 
 def test_a_killed_run_continues_bit_for_bit(mode: str, folder: Path, tmp_path: Path) -> None:
     whole = ranks(folder, f"{mode}-{LONG}")
     (tmp_path / "resumed").mkdir()
-    launch(tmp_path, f"{mode}:{LONG}:{STOP}:resumed")
-    launch(tmp_path, f"{mode}:{LONG}:0:resumed")
+    launch(SCRIPT, tmp_path, f"{mode}:{LONG}:{STOP}:resumed")
+    launch(SCRIPT, tmp_path, f"{mode}:{LONG}:0:resumed")
     for expected, resumed in zip(whole, ranks(tmp_path, f"{mode}-{LONG}"), strict=True):
         assert len(resumed["losses"]) == LONG - STOP and resumed["losses"] == expected["losses"][STOP:]
         for name, weight in expected["weights"].items():
@@ -101,7 +80,7 @@ def test_a_killed_run_continues_bit_for_bit(mode: str, folder: Path, tmp_path: P
 
 
 def test_a_rank_of_a_group_that_shares_samples_draws_as_the_group_does() -> None:
-    """Two data-parallel ranks, each a pair of context-parallel ones (A18)."""
+    """Two data-parallel ranks, each a pair of context-parallel ones."""
     from anyflow import AnyFlowDistiller
 
     drawn = []

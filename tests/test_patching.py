@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers.models.embeddings import Timesteps
+from needs import needs_extension
 from peft import LoraConfig, get_peft_model
 from tiny_models import perturb_delta
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 import anyflow
 import anyflow_kernels
 from anyflow.families import EmbedderSite, FamilySpec, find_spec
-from anyflow_kernels import _native
 
 NAMES = tiny_models.NAMES
 SIGMAS, LOWER = [0.937, 0.4503], [0.3, 0.11]
@@ -636,7 +636,7 @@ def test_float32_rule_follows_the_source() -> None:
     assert "delta_embedder" not in model._keep_in_fp32_modules
 
 
-@pytest.mark.skipif(_native.extension is None, reason=_native.about)
+@needs_extension
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("ZImage")])  # its embedder is not fused
 def test_whole_models_on_the_compiled_kernels(name: str) -> None:
     """At r = t with a fresh clone, and at r with another one, against the reference, which all other tests run on."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import anyflow
+from anyflow.adapters import critic_parameters
 
 # config: what differs from the class' defaults. inputs: a tuple is the shape of one batch row, drawn normal; a list or
 # a float is one row's value, repeated over the batch; a tensor has no batch axis. time: argument, scale, offset.
@@ -204,3 +205,10 @@ def perturb_delta(model: Any, scale: float = 0.5) -> None:
     for index, (_, parameter) in enumerate(anyflow.delta_parameters(model)):
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
         parameter += scale * parameter.std().nan_to_num(1.0) * noise.to(parameter.dtype)
+
+
+@torch.no_grad()
+def move_critic(model: nn.Module, scale: float = 0.1) -> None:
+    """Move the critic's adapter off its first value, so that it says something of its own."""
+    for index, (_, parameter) in enumerate(critic_parameters(model)):
+        parameter.add_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))

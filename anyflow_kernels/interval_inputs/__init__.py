@@ -53,6 +53,7 @@ def interval_inputs(
     sigmas = {"sigma": sigma, "sigma_plus": sigma_plus, "sigma_minus": sigma_minus}
     _library.same_shape("interval_inputs", x0=x0, noise=noise)
     _library.floating_on_one_device("interval_inputs", x0=x0, noise=noise, **sigmas)
+    _library.floating_dtype("interval_inputs", model_dtype=model_dtype)
     _library.constant("interval_inputs", **sigmas)
     _library.broadcasts("interval_inputs", x0, **sigmas)
     _library.refuse_forward_ad("interval_inputs", x0, noise, *sigmas.values())
@@ -102,11 +103,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x0, noise, sigma, sigma_plus, sigma_minus, _ = inputs
     ctx.save_for_backward(sigma, sigma_plus, sigma_minus)
     ctx.dtypes = x0.dtype, noise.dtype
+    ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_x: Tensor, grad_plus: Tensor, grad_minus: Tensor, grad_velocity: Tensor
+    ctx: Any,
+    grad_x: Tensor | None,
+    grad_plus: Tensor | None,
+    grad_minus: Tensor | None,
+    grad_velocity: Tensor | None,
 ) -> tuple[Any, ...]:
+    if grad_x is None and grad_plus is None and grad_minus is None and grad_velocity is None:
+        return (None,) * 6
     sigma, sigma_plus, sigma_minus = ctx.saved_tensors
     grads = torch.ops.anyflow_kernels.interval_inputs_backward.default(
         grad_x,

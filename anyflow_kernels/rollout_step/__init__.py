@@ -56,12 +56,15 @@ def rollout_step(
     Deterministic. Results are contiguous and alias no input; where ``model_dtype`` is the dtype of ``x``,
         ``model_input`` is ``x`` itself.
 
-    Raises ValueError for unequal or non-broadcastable shapes, mixed devices, a sign other than +1 or -1, or times that
-    require gradients; NotImplementedError under forward-mode differentiation.
+    Raises ValueError for unequal or non-broadcastable shapes, mixed devices, dtypes that are not floating point, a sign
+    other than +1 or -1, a guidance scale without ``uncond_velocity``, or times that require gradients;
+    NotImplementedError under forward-mode differentiation.
     """
     _library.same_shape("rollout_step", x=x, average=average, velocity=velocity, uncond_velocity=uncond_velocity)
     if sign not in (1, -1):
         raise ValueError(f"rollout_step: sign must be 1 or -1, got {sign!r}")
+    _library.guidance("rollout_step", guidance_scale, "uncond_velocity", uncond_velocity)
+    _library.floating_dtype("rollout_step", model_dtype=model_dtype)
     _library.same_shape("rollout_step", sigma=sigma, sigma_next=sigma_next, weight=weight)
     _library.floating_on_one_device(
         "rollout_step",
@@ -156,9 +159,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.average_dtype = None if average is None else average.dtype
     ctx.has_state = not inputs[12]
     ctx.has_input = ctx.has_state and inputs[11] != output[0].dtype
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_x: Tensor, grad_average: Tensor, grad_input: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_x: Tensor | None, grad_average: Tensor | None, grad_input: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    if grad_x is None and grad_average is None and grad_input is None:
+        return (None,) * 13
     velocity, uncond_velocity, sigma, sigma_next, weight = ctx.saved_tensors
     dx, dv, du = torch.ops.anyflow_kernels.rollout_step_backward.default(
         grad_x if ctx.has_state else None,
@@ -176,7 +184,7 @@ def _backward(ctx: Any, grad_x: Tensor, grad_average: Tensor, grad_input: Tensor
     needs = ctx.needs_input_grad
     return (
         dx if needs[0] else None,
-        grad_average.to(ctx.average_dtype) if needs[1] else None,
+        grad_average.to(ctx.average_dtype) if needs[1] and grad_average is not None else None,
         dv if needs[2] else None,
         du if needs[3] else None,
         *(None,) * 9,

@@ -60,20 +60,14 @@ def rollout_step_backward(
     given = [g for g in (grad_x, grad_average, grad_input) if g is not None]
     accumulate = torch.promote_types(accumulation_dtype(velocity, *given), torch.float32)
     sigma, sigma_next, weight = over(velocity.shape, sigma, sigma_next, weight)
-    zero = velocity.new_zeros((), dtype=accumulate)
-    dx = sum((g.to(accumulate) for g in (grad_x, grad_input) if g is not None), zero)
+    states = [g.to(accumulate) for g in (grad_x, grad_input) if g is not None]
+    dx = sum(states[1:], states[0]) if states else velocity.new_zeros(velocity.shape, dtype=accumulate)
     dv = (sigma_next.to(accumulate) - sigma.to(accumulate)) * dx
     if grad_average is not None:
         dv = dv + weight.to(accumulate) * grad_average.to(accumulate)
     dv = sign * dv
-    shape = velocity.shape
-    grad_velocity = guidance_scale * dv if uncond_velocity is not None else dv
-    if uncond_velocity is not None:
-        grad_uncond = ((1 - guidance_scale) * dv).to(uncond_velocity.dtype).expand(shape).clone().contiguous()
-    else:
-        grad_uncond = velocity.new_empty(0)
-    return (
-        dx.to(x_dtype).expand(shape).clone().contiguous(),
-        grad_velocity.to(velocity.dtype).expand(shape).clone().contiguous(),
-        grad_uncond,
-    )
+    new_x = dx.to(x_dtype, copy=len(states) == 1).contiguous()  # a gradient of one's own, also where one was given
+    if uncond_velocity is None:
+        return new_x, dv.to(velocity.dtype).contiguous(), velocity.new_empty(0)
+    grad_velocity = (guidance_scale * dv).to(velocity.dtype).contiguous()
+    return new_x, grad_velocity, ((1 - guidance_scale) * dv).to(uncond_velocity.dtype).contiguous()

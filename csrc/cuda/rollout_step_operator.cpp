@@ -1,27 +1,14 @@
 // The operator rollout_step on CUDA: tensors in, launches of rollout_step.cu out.
 #include "rollout_step.h"
 
-#include "../common.h"
+#include "../rollout_dtypes.h"
+#include "../times.h"
 
 #include <tuple>
 #include <vector>
 
 namespace anyflow::cuda {
 namespace {
-
-using Shape = std::vector<int64_t>;
-
-// Times come as one element, one for each sample, or in a shape that broadcasts to x.
-Tensor in_rows(const Tensor& time, at::IntArrayRef shape) {
-  if (time.dim() == int64_t(shape.size())) {
-    return time;
-  }
-  Shape rows(shape.size(), 1);
-  if (time.numel() != 1) {
-    rows[0] = shape[0];
-  }
-  return time.reshape(rows);
-}
 
 // False when the times do not vary as (outer, broadcast, frames, broadcast).
 bool tile(Times& times, at::IntArrayRef shape, at::IntArrayRef times_shape) {
@@ -61,7 +48,7 @@ struct Rows {
   Times times{};
 
   Rows(at::IntArrayRef shape, const Tensor& sigma, const Tensor& sigma_next, const Tensor& weight, ScalarType dtype)
-      : sigma(in_rows(sigma, shape)), sigma_next(in_rows(sigma_next, shape)), weight(in_rows(weight, shape)) {
+      : sigma(over(shape, sigma)), sigma_next(over(shape, sigma_next)), weight(over(shape, weight)) {
     const bool tiled = tile(times, shape, this->sigma.sizes());
     if (!tiled) {
       tile(times, shape, shape);
@@ -98,12 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
     double time_offset,
     ScalarType model_dtype,
     bool last) {
-  const ScalarType accumulate = accumulation_dtype({x.scalar_type(), velocity.scalar_type()});
-  ScalarType model = storage_dtype(velocity.scalar_type(), accumulate);
-  if (uncond_velocity && uncond_velocity->scalar_type() != velocity.scalar_type()) {
-    model = accumulate;
-  }
-  const ScalarType state = x.scalar_type() == model ? model : accumulate;
+  const auto [accumulate, model, state] = RolloutDtypes(x, velocity, uncond_velocity);
   const bool has_input = !last && model_dtype != accumulate;
   const bool own_time = sigma_next.scalar_type() == accumulate && x.numel() > 0; // computed in the same launch
 
@@ -161,20 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
     double guidance_scale,
     int64_t sign,
     ScalarType x_dtype) {
-  ScalarType accumulate = accumulation_dtype({velocity.scalar_type()});
-  for (const OptionalTensor* grad : {&grad_x, &grad_average, &grad_input}) {
-    if (*grad) {
-      accumulate = accumulation_dtype({accumulate, (*grad)->scalar_type()});
-    }
-  }
-  ScalarType model = storage_dtype(velocity.scalar_type(), accumulate);
-  if (uncond_velocity && uncond_velocity->scalar_type() != velocity.scalar_type()) {
-    model = accumulate;
-  }
-  if (grad_input && grad_input->scalar_type() != model) { // rounded to the dtype of the velocities it would lose bits
-    model = accumulate;
-  }
-  const ScalarType state = x_dtype == model ? model : accumulate;
+  const auto [accumulate, model, state] =
+      RolloutDtypes::backward(x_dtype, velocity, uncond_velocity, {&grad_x, &grad_average, &grad_input}, grad_input);
 
   Tensor dx = empty(velocity.sizes(), state, velocity);
   Tensor dv = empty(velocity.sizes(), model, velocity);

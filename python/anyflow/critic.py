@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapters import add_critic, base_mode, critic_parameters, frozen
 from .config import AnyFlowConfig
 from .distributed import average_gradients, is_sharded, sharded_like, whole
-from .patching.names import CRITIC
+from .patching.names import CRITIC, of_critic
 from .patching.unwrap import unwrap
 
 _WEIGHT, _OPTIMIZER = "critic.", "critic_optimizer."
@@ -25,6 +25,8 @@ class Critic:
     ``base``: the network of the real score, bare. The critic is an adapter on it, added where it is missing, unless
         ``separate`` is given, a whole network.
     ``student``: the network of the student, bare; often ``base``. ``lycoris``: its LyCORIS network, if there is one.
+
+    Raises ValueError for a teacher, other than the student's network, that is not frozen.
 
     The optimizer is made at the first step or load, when FSDP has put its own parameters in the place of the model's.
     """
@@ -43,6 +45,10 @@ class Critic:
         self._base = base
         if separate is None:
             add_critic(base, seed=config.seed)
+            if base is not student:
+                trains = [name for name, p in base.named_parameters() if p.requires_grad and not of_critic(name)]
+                if trains:
+                    raise ValueError(f"{trains[0]} of the teacher requires a gradient: teacher.requires_grad_(False)")
         narrow = sorted(name for name, p in self.named_parameters() if p.element_size() < 4)
         if narrow:
             warnings.warn(
@@ -125,9 +131,12 @@ class Critic:
                 tensors[f"{_OPTIMIZER}{key}.{name}"] = whole(value)
         return tensors
 
-    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse. Raises ValueError, and changes nothing, for missing, unexpected or misshapen tensors."""
+        self.plan_load(tensors)()
+
+    def plan_load(self, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+        """``load_state`` in two: checked here, done by what it returns."""
         own = dict(self.named_parameters())
         weights = {key.removeprefix(_WEIGHT): value for key, value in tensors.items() if key.startswith(_WEIGHT)}
         moments: dict[str, dict[str, Tensor]] = {}
@@ -139,15 +148,20 @@ class Critic:
         unfit += sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
         if unfit:
             raise ValueError(f"the checkpoint holds another critic; missing, unexpected or misshapen: {unfit}")
-        state = self.optimizer.state
-        for name, parameter in own.items():
-            parameter.copy_(sharded_like(weights[name], parameter))
-            state.pop(parameter, None)
-            if name in moments:
-                state[parameter] = {
-                    kind: value.clone() if value.ndim == 0 else sharded_like(value, parameter)
-                    for kind, value in moments[name].items()
-                }
+
+        @torch.no_grad()
+        def load() -> None:
+            state = self.optimizer.state
+            for name, parameter in own.items():
+                parameter.copy_(sharded_like(weights[name], parameter))
+                state.pop(parameter, None)
+                if name in moments:
+                    state[parameter] = {
+                        kind: value.clone() if value.ndim == 0 else sharded_like(value, parameter)
+                        for kind, value in moments[name].items()
+                    }
+
+        return load
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def _at_levels(sigma: Tensor, levels: Tensor | None) -> Tensor:
 
 
 # Names under which trainers keep what was made of a prompt.
-_PROMPT = re.compile(r"prompt|text|caption|pooled|encoder|attention_mask")
+_PROMPT = re.compile(r"(?!image_)(?:.*_)?(?:prompt|texts?(?:_|$)|caption|pooled|encoder|attention_mask)")
 
 
 def _without_prompt(batch: Batch, negative: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _without_prompt(batch: Batch, negative: Mapping[str, Any]) -> dict[str, Any]
 
 def _is_of_prompt(key: str, value: Any) -> bool:
     values = value if isinstance(value, (list, tuple)) else [value]
-    return bool(_PROMPT.search(key)) and any(isinstance(one, Tensor) for one in values)
+    return bool(_PROMPT.match(key)) and any(isinstance(one, Tensor) for one in values)
 
 
 class TrainerDenoiser:

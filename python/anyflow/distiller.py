@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import GradientCheck, check_base, has_adapter, lycoris_layers, random_parameters
-from .checkpoints import load_student, read, save_student, student_state, write_tensors
+from .checkpoints import load_student, on_disk, read, save_student, student_state, write_tensors
 from .config import AnyFlowConfig
 from .critic import Critic
 from .denoiser import Denoiser, DiffusersDenoiser, TrainerDenoiser, spec_of
@@ -136,6 +136,8 @@ class AnyFlowDistiller:
             raise ValueError("a trainer's object calls its own network: leave critic_model out, and add_critic to that")
         if critic.bare in (self.teacher.bare, self.student.bare):
             raise ValueError("critic_model is the teacher's or the student's network: pass a copy of its own")
+        if not any(parameter.requires_grad for parameter in critic.bare.parameters()):
+            raise ValueError("no weight of critic_model trains: critic_model.requires_grad_(True)")
         return critic
 
     def _check_student(self, student: nn.Module) -> None:
@@ -307,26 +309,41 @@ class AnyFlowDistiller:
             raise ValueError("get_scheduler needs a scheduler, or a distiller made with noise_scheduler=")
         return AnyStepScheduler.like(source, [self.student.bare])
 
+    def _mode(self) -> dict[str, str]:
+        return {"target_mode": self.config.target_mode, "forward_mode": self.config.forward_mode}
+
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
         """Write the student, the position in the random streams and what the stage trains besides (the critic and its
         optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all have to."""
-        save_student(self.student.bare, directory, lycoris=self.lycoris)
         tensors, metadata = self._stage.state()
-        metadata |= {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws)}
+        tensors = on_disk(tensors)
+        metadata |= {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws), **self._mode()}
+        save_student(self.student.bare, directory, lycoris=self.lycoris)
         write_tensors({Path(directory) / STATE_FILE: (tensors, metadata)})
 
     def on_load_checkpoint(self, directory: str | Path) -> int:
-        """Restore what ``on_save_checkpoint`` wrote, on every rank; returns its step."""
+        """Restore what ``on_save_checkpoint`` wrote, on every rank; returns its step.
+
+        Raises ValueError, and changes nothing, for the state of another target mode, or of another critic. To go on
+        from its student in another stage, give that to ``anyflow.load_student``.
+        """
         path = Path(directory) / STATE_FILE
         tensors, metadata = read(path)
         if metadata.get("format") != "anyflow_distiller":
             raise ValueError(f"{path} is not the state of a distiller: {metadata}")
+        for key, own in self._mode().items():
+            if metadata.get(key, own) != own:
+                raise ValueError(
+                    f"{path} is of {key}={metadata[key]!r}, this distiller has {own!r}. To go on from its student in "
+                    "another stage: anyflow.load_student(model, directory)"
+                )
+        load_state = self._stage.plan_load(tensors, metadata)
         load_student(self.student.bare, directory, lycoris=self.lycoris)
         scale: float = self.student.bare._flowmap.spec.time_scale  # type: ignore[union-attr, assignment]
         if scale != self.student.spec.time_scale:
             raise ValueError(f"the student was trained with timestep_scale={scale}, not {self.student.spec.time_scale}")
         self.streams.draws = int(metadata["draws"])
-        self._stage.load_state(tensors, metadata)
+        load_state()
         return int(metadata["step"])
 
 

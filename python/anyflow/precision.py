@@ -37,6 +37,8 @@ class _Widen(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "__get__":  # an attribute: shape, device, dtype ...
             return _wide(func(*args, **(kwargs or {})), tensors=False)
+        if func in (Tensor.bfloat16, Tensor.half):
+            func = Tensor.float
         args, kwargs = tree_map(_wide, (args, kwargs or {}))
         return func(*args, **kwargs)
 

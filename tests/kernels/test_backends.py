@@ -121,6 +121,21 @@ def test_describe_names_every_operator_and_reason() -> None:
         assert "triton: no GPU" in anyflow_kernels.describe()
 
 
+def test_a_block_that_cannot_be_entered_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = _library._operators["gate_blend"]
+
+    def missing(self: Any, backend: str, device_type: str = "") -> Any:
+        raise ImportError("the kernels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_library.Operator, "implementation", missing)
+        patch.setattr(_library, "_runs_by_default", lambda *_: "another")
+        patch.setattr(_library, "why_not", lambda *_: None)
+        with pytest.raises(ImportError, match="the kernels"):
+            use_backend("reference").__enter__()
+    assert not _library._forced and operator.implementation("reference") is not None
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU that Triton supports were present."""
@@ -155,12 +170,15 @@ def test_a_failing_triton_is_given_up_once_with_a_warning() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_running_out_of_memory_is_no_failure_of_triton() -> None:
-    def exhausted(x: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, _library.WrongTable])
+def test_what_is_no_failure_of_triton(error: type[Exception]) -> None:
+    """Running out of memory, and a table of launch configurations with a mistake, which would be hidden."""
 
-    operator = _fake_operator(exhausted)
-    with pytest.raises(torch.OutOfMemoryError):
+    def failing(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    operator = _fake_operator(failing)
+    with pytest.raises(error):
         _library._default_kernel(operator, "cuda")(torch.ones(2))
     assert _library.why_not("triton", "cuda", operator) is None
 

@@ -76,8 +76,9 @@ def test_without_a_difference_nothing_is_allocated_for_it(backend: str) -> None:
         ({"sigma": torch.zeros(3)}, r"sigma of shape \(3,\) does not broadcast to \(2, 3, 4, 9\)"),
         ({"sigma_minus": torch.zeros(2, requires_grad=True)}, "not differentiable in sigma_minus"),
         ({"noise": torch.zeros(2, 3, 4, 9, dtype=torch.int32)}, "noise must be floating point, got torch.int32"),
+        ({"model_dtype": torch.int32}, "model_dtype must be floating point, got torch.int32"),
     ],
-    ids=["noise", "one sigma", "length", "gradient", "dtype"],
+    ids=["noise", "one sigma", "length", "gradient", "dtype", "model_dtype"],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

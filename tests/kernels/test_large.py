@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_extension
 from torch import Tensor
 
 import anyflow_kernels
-from anyflow_kernels import _native
 
 ROWS, WIDTH = (1 << 15) + 1, (1 << 16) + 1  # a row of odd length: an offset that wraps around reads other values
 NEEDED = 16 << 30
@@ -19,9 +19,7 @@ NEEDED = 16 << 30
 pytestmark = [
     pytest.mark.large,
     pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="how much memory is free is read from /proc"),
-    pytest.mark.skipif(
-        _native.extension is None, reason=anyflow_kernels.describe().splitlines()[-1].replace("%", "%%")
-    ),
+    needs_extension,
 ]
 
 

@@ -16,15 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_extension
 from samples import OPERATORS, Sample, outputs_and_gradients, sample_inputs
 
 import anyflow_kernels
 from anyflow_kernels import _library, _native
 
 ROOT = Path(__file__).parents[2]
-needs_extension = pytest.mark.skipif(
-    _native.extension is None, reason=anyflow_kernels.describe().splitlines()[-1].replace("%", "%%")
-)
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SEVERAL_CHUNKS: dict[str, dict[str, Any]] = {
     "gate_blend": {"size": (3, 40009)},

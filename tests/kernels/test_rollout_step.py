@@ -9,6 +9,7 @@ import pytest
 import torch
 from samples import DEVICE, TIMES, check_against_oracle, sample_inputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyflow_kernels import rollout_step
 
@@ -135,10 +136,45 @@ def test_average_over_a_short_interval_keeps_its_digits(backend: str) -> None:
         ({"weight": torch.zeros(2, requires_grad=True)}, "not differentiable in weight"),
         ({"sigma": torch.zeros(2, dtype=torch.int64)}, "sigma must be floating point, got torch.int64"),
         ({"sign": 2}, "sign must be 1 or -1, got 2"),
+        ({"uncond_velocity": None, "guidance_scale": 5.0}, "guidance_scale 5.0 needs uncond_velocity"),
     ],
-    ids=["velocity", "times differ", "times length", "times rank", "times gradient", "dtype", "sign"],
+    ids=[
+        "velocity",
+        "times differ",
+        "times length",
+        "times rank",
+        "times gradient",
+        "dtype",
+        "sign",
+        "guidance",
+    ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     sample = sample_inputs("rollout_step", "cpu")
     with pytest.raises(ValueError, match=message):
         sample.run(**{**sample.tensors, **change})
+
+
+def test_a_model_dtype_that_is_none_is_named() -> None:
+    x, one = torch.zeros(2, 3), torch.ones(1)
+    with pytest.raises(ValueError, match=r"model_dtype must be floating point, got torch\.int32"):
+        rollout_step(x, None, x, one, one, one, model_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("operator", ["rollout_step", "interval_inputs", "flowmap_loss"])
+def test_no_zeros_for_results_that_nothing_depends_on(backend: str, operator: str) -> None:
+    """Of several results the backward operator is given the gradients that there are."""
+    sample = sample_inputs(operator, DEVICE, F32, True)
+    outputs = sample.run(**sample.tensors)
+    seen: list[Any] = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if function.name() == f"anyflow_kernels::{operator}_backward":
+                names = [argument.name for argument in function._schema.arguments]
+                seen.extend(a for n, a in zip(names, arguments, strict=False) if n.startswith("grad_"))
+            return function(*arguments, **(options or {}))
+
+    with Recording():
+        torch.autograd.grad(outputs[0].sum(), sample.tensors[sample.differentiable[0]])
+    assert len(seen) > 1 and sum(gradient is not None for gradient in seen) == 1

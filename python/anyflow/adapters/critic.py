@@ -15,7 +15,7 @@ from ..patching import is_patched
 from ..patching.names import CRITIC, of_critic
 from ..patching.patch import delta_paths
 from ..patching.unwrap import unwrap
-from .teacher import adapter_names, changes_base, switchable
+from .teacher import adapter_names, base_of, changes_base, switchable
 
 _INIT = ("init_lora_weights", "init_weights", "init_ia3_weights")
 # What wrappers put before the names of parameters, in which DDP looks for those that it shall leave alone.
@@ -112,12 +112,8 @@ def _inject(bare: nn.Module, config: Any, seed: int) -> None:
         else:
             layer._active_adapter = []
         if CRITIC in adapter_names(layer):  # dropout of a model in evaluation is off
-            layer.train(_base_of(layer).training)
+            layer.train(base_of(layer).training)
     for _, parameter in critic_parameters(bare):
         if parameter.element_size() < 4:
             parameter.data = parameter.data.to(torch.float32)
         parameter.requires_grad_(True)
-
-
-def _base_of(layer: Any) -> nn.Module:
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module

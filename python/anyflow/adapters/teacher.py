@@ -97,6 +97,11 @@ def switchable(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
+def base_of(layer: Any) -> nn.Module:
+    """What a layer of peft wraps."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+
+
 @contextmanager
 def _only_adapter(module: nn.Module, adapter: str | None) -> Iterator[None]:
     layers = switchable(module)

@@ -2,7 +2,7 @@
 
 from .conversion import convert
 from .export import export_lora, export_pipeline
-from .files import read, write_atomically, write_tensors
+from .files import on_disk, read, write_atomically, write_tensors
 from .namings import NAMINGS, Naming
 from .student import EMA_FILE, STUDENT_FILE, load_student, save_student, student_state
 
@@ -15,6 +15,7 @@ __all__ = [
     "export_lora",
     "export_pipeline",
     "load_student",
+    "on_disk",
     "read",
     "save_student",
     "student_state",

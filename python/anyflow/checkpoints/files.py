@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..distributed import whole
+
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]  # tensors, metadata
 
 
@@ -25,6 +27,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except Exception as error:  # of the library, of the operating system, or of a header that is not what it should be
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file can hold them: whole, on the CPU, contiguous copies. With FSDP2 a collective."""
+    return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.teacher import base_of
 from ..families import FamilySpec
 from ..patching.names import CRITIC
 
@@ -91,7 +92,7 @@ def add_adapters(bare: nn.Module, configs: Mapping[str, Any], *, only_names: boo
             config.init_lora_weights = True
         inject_adapter_in_model(config, bare, adapter_name=name)
         for _, layer in tuner_layers(bare):  # dropout of a model in evaluation is off
-            layer.train(_base_of(layer).training)
+            layer.train(base_of(layer).training)
         if not hasattr(bare, "peft_config"):
             bare.peft_config = {}  # type: ignore[assignment]
         bare.peft_config[name] = config  # type: ignore[index, operator]
@@ -119,16 +120,12 @@ def restore_layers(bare: nn.Module, states: Mapping[str, Any]) -> None:
             getattr(layer, "scaling", {}).update(state["scaling"])
 
 
-def _base_of(layer: Any) -> nn.Module:
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
-
-
 def remove_adapters(module: nn.Module) -> None:
     """Put the base layers and the originals of modules_to_save back into the places of the layers of peft."""
     for name, child in list(module.named_children()):
         base: Any = child
         while _is_of_peft(base):
-            base = _base_of(base)
+            base = base_of(base)
         setattr(module, name, base)
         remove_adapters(base)
     module.__dict__.pop("peft_config", None)

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters import lycoris_layers
-from ..distributed import is_sharded, sharded_like, whole
+from ..adapters import has_adapter, lycoris_layers
+from ..distributed import is_sharded, sharded_like
 from ..patching import delta_parameters, is_patched, patch, trainable_parameters
 from ..patching.names import of_critic
 from ..patching.patch import delta_paths
 from ..patching.unwrap import unwrap
 from .ema import averaged, is_list, plan_list
-from .files import Content, read, write_tensors
+from .files import Content, on_disk, read, write_tensors
 from .layers import (
     adapter_configs,
     add_adapters,
@@ -104,13 +104,12 @@ def student_state(bare: nn.Module, adapted: bool | None = None) -> dict[str, Ten
     """name -> tensor of all that a student owns within the model: adapters (never a critic's), trained copies, delta
     embedders; everything for a full-rank student. ``adapted``: whether it has an adapter, where that cannot be seen."""
     owned = {name for name, _ in delta_parameters(bare)}
-    layers = dict(tuner_layers(bare))
-    for path, layer in layers.items():
+    for path, layer in tuner_layers(bare):
         inside = getattr(layer, "adapter_layer_names", ("modules_to_save",))
         parts = tuple(f"{path}.{part}." for part in inside)
         owned |= {name for name, _ in bare.named_parameters() if name.startswith(parts) and not of_critic(name)}
     if adapted is None:
-        adapted = bool(layers) or next(lycoris_layers(bare), None) is not None
+        adapted = has_adapter(bare)
     state = bare.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if not adapted or name in owned}
 
@@ -132,7 +131,9 @@ def _content(bare: nn.Module, lycoris: Any) -> Content:
         raise ValueError("a LyCORIS network is applied to this model and keeps its own weights: pass lycoris=network")
     settings: Any = bare._flowmap
     configs = adapter_configs(bare)
-    adapted = lycoris is not None or bool(dict(tuner_layers(bare)))
+    adapted = lycoris is not None or has_adapter(bare)
+    if not adapted and any(of_critic(name) for name, _ in bare.named_parameters()):
+        raise ValueError("the critic is an adapter on a full-rank student: put it on the teacher, or make it a network")
     metadata = {
         "format": "anyflow_student",
         "format_version": FORMAT_VERSION,
@@ -148,11 +149,7 @@ def _content(bare: nn.Module, lycoris: Any) -> Content:
     if lycoris is not None:
         metadata["lycoris"] = describe(bare, lycoris)
         tensors |= network_state(lycoris)
-    return _on_disk(tensors), metadata
-
-
-def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return on_disk(tensors), metadata
 
 
 def _averaged_content(bare: nn.Module, lycoris: Any, ema: Any) -> Content:
@@ -162,7 +159,7 @@ def _averaged_content(bare: nn.Module, lycoris: Any, ema: Any) -> Content:
         lost = sorted(average.keys() - tensors.keys())
         if lost:
             raise ValueError(f"{lost} are trained, but belong neither to an adapter nor to a delta embedder")
-        return {**tensors, **_on_disk(average)}, {**metadata, **counters}
+        return {**tensors, **on_disk(average)}, {**metadata, **counters}
     if lycoris is not None:
         raise ValueError("with LyCORIS, average by an EMAModel over the values of distiller.trainable_parameters()")
     copied, copied_metadata = _content(_patched(ema), None)

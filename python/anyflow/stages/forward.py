@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -74,6 +74,8 @@ class ForwardStage:
         self._batches += 1
         given, own_r = batch.get("sigmas"), batch.get("r_sigmas")
         given = None if given is None else layout.for_model(at_least_float32(given))
+        if own_r is not None and given is None:
+            raise ValueError("the batch has r_sigmas without sigmas: a pair of its own has both")
         if given is not None and own_r is not None:
             sigma, r = given, layout.for_model(at_least_float32(own_r))
         else:
@@ -92,9 +94,7 @@ class ForwardStage:
         self, batch: Batch, layout: TimeLayout, sigma: Tensor, r: Tensor, model: nn.Module | None
     ) -> dict[str, Any]:
         roles, config = self.roles, self.roles.config
-        guidance = config.fuse_guidance_scale
-        if guidance != 1.0 and batch.get("negative_conditioning") is None:
-            raise ValueError(f"fuse_guidance_scale={guidance} needs negative_conditioning in the batch")
+        guidance = roles.guidance("fuse_guidance_scale", batch)
         given = batch.get("sigmas")
         replaced = sigma if given is None or given.numel() != sigma.numel() else sigma.reshape(given.shape)
         batch = {**batch, "sigmas": replaced}
@@ -190,8 +190,9 @@ class ForwardStage:
     def state(self) -> State:
         return {}, {"forward_batches": str(self._batches)}
 
-    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self._batches = int(metadata["forward_batches"])
+    def plan_load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[], None]:
+        batches = int(metadata["forward_batches"])
+        return lambda: setattr(self, "_batches", batches)
 
 
 def difference_and_noise(prediction: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,9 +41,7 @@ class OnPolicyStage:
     def prepare(
         self, batch: Mapping[str, Any], layout: TimeLayout, sigma: Tensor, r: Tensor, model: nn.Module | None
     ) -> dict[str, Any]:
-        guidance = self.roles.config.real_guidance_scale
-        if guidance != 1.0 and batch.get("negative_conditioning") is None:
-            raise ValueError(f"real_guidance_scale={guidance} needs negative_conditioning in the batch")
+        self.roles.guidance("real_guidance_scale", batch)
         batch = _with_sigmas(batch, sigma)
         logs: dict[str, Tensor] = {}
         for _ in range(self.roles.config.critic_steps_per_generator_step):
@@ -63,7 +61,7 @@ class OnPolicyStage:
             **prepared["anyflow_critic_logs"],
             "anyflow_forward_loss": forward.detach(),
             "anyflow_dmd_loss": matching.detach(),
-            "anyflow_simulation_steps": torch.tensor(float(steps)),
+            "anyflow_simulation_steps": matching.detach().new_full((), float(steps)),
         }
         return loss, logs
 
@@ -71,9 +69,14 @@ class OnPolicyStage:
         tensors, metadata = self.forward.state()
         return {**tensors, **self.critic.state()}, metadata
 
-    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.forward.load_state(tensors, metadata)
-        self.critic.load_state(tensors)
+    def plan_load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[], None]:
+        loads = (self.forward.plan_load(tensors, metadata), self.critic.plan_load(tensors))
+
+        def load() -> None:
+            for part in loads:
+                part()
+
+        return load
 
     def _matching_loss(
         self, batch: Mapping[str, Any], layout: TimeLayout, levels: Tensor, model: nn.Module | None
@@ -87,14 +90,11 @@ class OnPolicyStage:
 
         def real(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
             with teacher_mode(*{roles.teacher.bare, roles.student.bare}, lycoris=roles.lycoris):
-                conditional = roles.to_flow(base(batch, x, s, None))
-                if config.real_guidance_scale == 1.0:
-                    return conditional, None
-                return conditional, roles.to_flow(base(batch, x, s, None, negative=True))
+                return roles.velocities(base, batch, x, s, config.real_guidance_scale)
 
         def fake(x: Tensor, s: Tensor) -> Tensor:
             with self.critic.scored():
-                return self._fake_velocity(batch, x, s, model)
+                return self._fake_velocity(batch, x, s, base)
 
         loss = distribution_matching(
             x,
@@ -125,7 +125,7 @@ class OnPolicyStage:
                 x,
                 noise,
                 sigma,
-                lambda x, s: self._fake_velocity(batch, x, s, model),
+                lambda x, s: self._fake_velocity(batch, x, s, base),
                 sign=roles.flow_sign(base),
                 model_dtype=model_dtype(base.bare),
                 to_latents=layout.for_latents,
@@ -134,9 +134,9 @@ class OnPolicyStage:
             norm = self.critic.step(loss)
         return {"anyflow_critic_loss": loss.detach(), "anyflow_critic_gradient": norm}
 
-    def _fake_velocity(self, batch: Mapping[str, Any], x: Tensor, sigma: Tensor, model: nn.Module | None) -> Tensor:
-        """The fake score, in the sign of the real one."""
-        roles, base = self.roles, self.roles.teacher_through(model)
+    def _fake_velocity(self, batch: Mapping[str, Any], x: Tensor, sigma: Tensor, base: Denoiser) -> Tensor:
+        """The fake score, in the sign of the real one, which ``base`` is."""
+        roles = self.roles
         if roles.critic is None:
             return roles.to_flow(base(batch, x, sigma, None))
         velocity = roles.critic(batch, x, sigma, None)
@@ -169,7 +169,7 @@ def _with_sigmas(batch: Mapping[str, Any], sigma: Tensor) -> dict[str, Any]:
 
 def _mean(losses: Tensor) -> Tensor:
     """The rank's part in the mean over the global batch: the mean of all ranks' is that, as DDP and FSDP take it."""
-    return losses.sum() * (world_size() / sum_over_ranks(losses.new_tensor(float(losses.numel()))))
+    return losses.sum() * (world_size() / sum_over_ranks(losses.new_full((), float(losses.numel()))))
 
 
 def _below(count: int, generator: torch.Generator) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AnyFlowConfig
-from ..denoiser import Denoiser, DiffusersDenoiser
+from ..denoiser import Batch, Denoiser, DiffusersDenoiser
 from ..patching.unwrap import unwrap
 from ..sampling import AnyStepScheduler
 from ..streams import RandomStreams
@@ -81,9 +81,26 @@ class Roles:
         convert = getattr(self.trainer, "prediction_to_noiseward_flow", None)
         return prediction if convert is None else convert(prediction)
 
+    def guidance(self, key: str, batch: Batch) -> float:
+        """The guidance scale of the configuration; ValueError where the batch lacks what it needs."""
+        scale: float = getattr(self.config, key)
+        if scale != 1.0 and batch.get("negative_conditioning") is None:
+            raise ValueError(f"{key}={scale} needs negative_conditioning in the batch")
+        return scale
+
+    def velocities(
+        self, denoiser: Denoiser, batch: Batch, x: Tensor, sigma: Tensor, guidance: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """The instantaneous velocity, and the unconditional one where ``guidance`` is not 1."""
+        conditional = self.to_flow(denoiser(batch, x, sigma, None))
+        if guidance == 1.0:
+            return conditional, None
+        return conditional, self.to_flow(denoiser(batch, x, sigma, None, negative=True))
+
     def flow_sign(self, denoiser: Denoiser) -> int:
         """+1 where what ``to_flow`` gives is noiseward, -1 where it points to the data."""
-        return 1 if hasattr(self.trainer, "prediction_to_noiseward_flow") else denoiser.spec.prediction_sign
+        convert = getattr(self.trainer, "prediction_to_noiseward_flow", None)
+        return denoiser.spec.prediction_sign if convert is None else 1
 
     def to_prediction(self, flow: Tensor) -> Tensor:
         """From noiseward to what the student predicts."""

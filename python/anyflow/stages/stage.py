@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +42,10 @@ class Stage(Protocol):
         """What a checkpoint has to hold beyond the student and the count of draws."""
         ...
 
-    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None: ...
+    def plan_load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[], None]:
+        """The inverse of ``state``: checked here, with a ValueError where it does not fit, and done by what it
+        returns."""
+        ...
 
 
 def check_devices(tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,20 +53,11 @@ class TeacherStage:
             if given is not None:
                 return at_least_float32(given(batch))
             return roles.to_prediction(linear_velocity(batch["latents"], batch["noise"]))
-        guidance = roles.config.teacher_guidance_scale
-        if guidance != 1.0 and batch.get("negative_conditioning") is None:
-            raise ValueError(f"teacher_guidance_scale={guidance} needs negative_conditioning in the batch")
+        guidance = roles.guidance("teacher_guidance_scale", batch)
         teacher = roles.teacher_through(model)
-
-        def velocity(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
-            conditional = roles.to_flow(teacher(batch, x, s, None))
-            if guidance == 1.0:
-                return conditional, None
-            return conditional, roles.to_flow(teacher(batch, x, s, None, negative=True))
-
         with teacher_mode(*{roles.teacher.bare, roles.student.bare}, lycoris=roles.lycoris):
             average = average_velocity(
-                velocity,
+                lambda x, s: roles.velocities(teacher, batch, x, s, guidance),
                 batch["noisy_latents"],
                 sigma,
                 r,
@@ -85,5 +76,5 @@ class TeacherStage:
     def state(self) -> State:
         return {}, {}
 
-    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        pass
+    def plan_load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[], None]:
+        return lambda: None

@@ -42,7 +42,7 @@ def _sources() -> dict[str, str]:
     """File name below the build folder -> text."""
     found = {f"cuda/{path.name}": path.read_text() for path in sorted((ROOT / "csrc" / "cuda").iterdir())}
     found |= {f"cuda/{name}": (HERE / name).read_text() for name in ("launch.cuh", "fibers.cpp")}
-    found["common.h"] = (ROOT / "csrc" / "common.h").read_text()
+    found |= {path.name: path.read_text() for path in sorted((ROOT / "csrc").glob("*.h"))}
     return {name: text.replace(IMPL.format("CUDA"), IMPL.format(KEY)) for name, text in found.items()}
 
 
