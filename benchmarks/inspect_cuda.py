@@ -30,6 +30,7 @@ WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes, by
 
 BLOCK, LAYER_BLOCK, ELEMENTS = 256, 128, 8  # threads, threads, elements of bfloat16 that a thread takes
 BF16, FP32 = 2, 4
+WAN_LATENTS = 16 * 21 * 60 * 104
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _gate_blend(rows: int = 21, width: int = 1536) -> list[Case]:
     ]
 
 
-def _rollout_step(size: int = 16 * 21 * 60 * 104) -> list[Case]:
+def _rollout_step(size: int = WAN_LATENTS) -> list[Case]:
     """Guided, float32 state, bfloat16 velocities, one time."""
     blocks = _blocks(size, BLOCK * ELEMENTS)
     forward, backward = (4 * FP32 + 3 * BF16) * size, (3 * FP32 + 3 * BF16) * size
@@ -69,6 +70,51 @@ def _rollout_step(size: int = 16 * 21 * 60 * 104) -> list[Case]:
     return [
         Case((("rollout_step_fwd_kernel" + types, blocks, BLOCK),), forward, forward),
         Case((("rollout_step_bwd_kernel" + types, blocks, BLOCK),), backward, backward),
+    ]
+
+
+def _interval_inputs(size: int = WAN_LATENTS) -> list[Case]:
+    """Three points, everything in bfloat16 but the velocity; one time."""
+    blocks = _blocks(size, BLOCK * ELEMENTS)
+    forward, backward = (5 * BF16 + FP32) * size + 3 * FP32, (5 * BF16 + FP32) * size + 3 * FP32
+    types = "<BFloat16, BFloat16>"
+    return [
+        Case((("interval_inputs_fwd_kernel" + types, blocks, BLOCK),), forward, forward),
+        Case((("interval_inputs_bwd_kernel" + types, blocks, BLOCK),), backward, backward),
+    ]
+
+
+def _flowmap_loss(samples: int = 1, size: int = WAN_LATENTS) -> list[Case]:
+    """With guidance and the central difference, bfloat16 predictions, float32 velocity; three times a sample."""
+    parts = _blocks(size, BLOCK * ELEMENTS)
+    forward = ((4 * BF16 + 2 * FP32) * size + 5 * FP32) * samples
+    backward = ((BF16 + FP32) * size + 3 * FP32) * samples
+    first = ("flowmap_loss_fwd_kernel<float, BFloat16, BFloat16>", samples * parts, BLOCK)
+    means = ("flowmap_loss_means_kernel<float>", samples, BLOCK)
+    last = ("flowmap_loss_bwd_kernel<BFloat16>", samples * parts, BLOCK)
+    return [
+        Case((first,), forward, forward)
+        if parts == 1
+        else Case((first, means), forward, forward + 4 * FP32 * samples * parts),
+        Case((last,), backward, backward),
+    ]
+
+
+def _dmd_gradient(samples: int = 1, size: int = WAN_LATENTS) -> list[Case]:
+    """Guided, float32 sample, bfloat16 scores; one time a sample. The scores are read twice, unless a block has a
+    sample for itself."""
+    parts = _blocks(size, BLOCK * ELEMENTS)
+    forward = ((4 * BF16 + 2 * FP32) * size + 2 * FP32) * samples
+    backward = (2 * FP32 * size + FP32) * samples
+    sums = ("dmd_gradient_sums_kernel<float, BFloat16, BFloat16>", samples * parts, BLOCK)
+    normalisers = ("dmd_gradient_normalisers_kernel<float>", samples, BLOCK)
+    gradient = ("dmd_gradient_fwd_kernel<BFloat16>", samples * parts, BLOCK)
+    again = 3 * BF16 * size * samples + 4 * FP32 * samples * parts + 3 * FP32 * samples
+    return [
+        Case((sums,), forward, forward)
+        if parts == 1
+        else Case((sums, normalisers, gradient), forward, forward + again),
+        Case((("dmd_gradient_bwd_kernel<float>", samples * _blocks(size, BLOCK * 4), BLOCK),), backward, backward),
     ]
 
 
@@ -110,6 +156,11 @@ def _flowmap_embedding(rows: int, width: int, features: int = 256) -> list[Case]
 CASES: dict[str, list[Case]] = {
     "gate_blend bf16": _gate_blend(),
     "rollout_step bf16": _rollout_step(),
+    "interval_inputs bf16": _interval_inputs(),
+    "flowmap_loss bf16": _flowmap_loss(),
+    "flowmap_loss bf16 digits": _flowmap_loss(64, 64),
+    "dmd_gradient bf16": _dmd_gradient(),
+    "dmd_gradient bf16 digits": _dmd_gradient(64, 64),
     "flowmap_embedding bf16 D1536 M1": _flowmap_embedding(1, 1536),
     "flowmap_embedding bf16 D5120 M4": _flowmap_embedding(4, 5120),
     "flowmap_embedding bf16 D1536 M21": _flowmap_embedding(21, 1536),

@@ -26,6 +26,7 @@ THREADS = 2
 FLUSH_BYTES = 256 << 20  # several times the second-level cache of any GPU
 BACKLOG_CYCLES = 4_000_000  # the GPU is kept busy for two milliseconds, in which the host enqueues the timed work
 NOT_LAUNCHED = ("empty", "new_empty")
+READ_TWICE = {"dmd_gradient": ("real_velocity", "fake_velocity", "uncond_real_velocity")}  # its sums come first
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
@@ -171,8 +172,8 @@ def _allocations(events: Iterable[Any]) -> Iterator[Any]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what eager execution launches (operators that write a tensor) and moves (each operand once a launch). With
-    ``expand`` the library's operators are counted as the plain PyTorch of their reference."""
+    """Counts what eager execution launches (operators that write a tensor) and moves (each operand once a launch, or
+    twice by READ_TWICE). With ``expand`` the library's are counted as the plain PyTorch of their reference."""
 
     def __init__(self, expand: bool) -> None:
         super().__init__()
@@ -190,8 +191,16 @@ class Traffic(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name not in NOT_LAUNCHED and (new or func._schema.is_mutable):
             self.launches += 1
+            given += _read_again(func, args)
             self.moved += sum(_touched(tensor) for tensor in (*given, *(results if func._schema.is_mutable else new)))
         return result
+
+
+def _read_again(func: Any, args: Any) -> list[Tensor]:
+    """Of the arguments of an operator, the library's or another."""
+    names = READ_TWICE.get(func._schema.name.removeprefix(f"{_library.NAMESPACE}::"), ())
+    named = zip(func._schema.arguments, args, strict=False)  # an operator's defaults are not passed
+    return [value for argument, value in named if argument.name in names and isinstance(value, Tensor)]
 
 
 def _touched(tensor: Tensor) -> int:

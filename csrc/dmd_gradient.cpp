@@ -1,5 +1,6 @@
 // gradient_b = (x0_fake - x0_real) / mean|x - x0_real|,  loss_b = mean (x - stopgrad(x - gradient))^2 / 2,
 // x0 = x_sigma - sigma sign v,  v_real = v_u + guidance_scale (v_c - v_u)
+#include "objective_dtypes.h"
 #include "times.h"
 
 #include <cmath>
@@ -102,15 +103,8 @@ std::tuple<Tensor, Tensor> dmd_gradient(
     const OptionalTensor& uncond_real_velocity,
     double guidance_scale,
     int64_t sign) {
-  const ScalarType accumulate =
-      accumulation_dtype({x.scalar_type(), x_sigma.scalar_type(), real_velocity.scalar_type()});
-  ScalarType model = storage_dtype(real_velocity.scalar_type(), accumulate);
-  if (fake_velocity.scalar_type() != real_velocity.scalar_type() ||
-      (uncond_real_velocity && uncond_real_velocity->scalar_type() != real_velocity.scalar_type())) {
-    model = accumulate;
-  }
-  const ScalarType clean = x.scalar_type() == model ? model : accumulate;
-  const ScalarType noised = x_sigma.scalar_type() == model ? model : accumulate;
+  const auto dtypes = DmdGradientDtypes(x, x_sigma, real_velocity, fake_velocity, uncond_real_velocity);
+  const auto [accumulate, model, clean, noised] = dtypes;
 
   Forward kernel;
   kernel.loss = empty({x.size(0)}, accumulate, x);
@@ -123,15 +117,11 @@ std::tuple<Tensor, Tensor> dmd_gradient(
   const Times<1> sigmas(x.sizes(), {sigma}, accumulate);
   with_dtype(model, [&]<class V>(V) {
     using Acc = Accumulator<V>;
-    if (clean == model && noised == model) {
-      kernel.run<V, V, V>(sigmas, guidance_scale, sign);
-    } else if (clean == model) {
-      kernel.run<V, Acc, V>(sigmas, guidance_scale, sign);
-    } else if (noised == model) {
-      kernel.run<Acc, V, V>(sigmas, guidance_scale, sign);
-    } else {
-      kernel.run<Acc, Acc, V>(sigmas, guidance_scale, sign);
-    }
+    const auto with_clean = [&]<class X>(X) {
+      dtypes.noised == dtypes.model ? kernel.run<X, V, V>(sigmas, guidance_scale, sign)
+                                    : kernel.run<X, Acc, V>(sigmas, guidance_scale, sign);
+    };
+    dtypes.clean == dtypes.model ? with_clean(V{}) : with_clean(Acc{});
   });
   return {kernel.loss, kernel.gradient};
 }

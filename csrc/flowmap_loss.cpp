@@ -1,5 +1,6 @@
 // loss_b = mean weight (p - target)^2,  p = sign (u_c + (g - 1) u_u) / g,
 // target = v - interval sign (u_plus - u_minus) / gap / g
+#include "objective_dtypes.h"
 #include "times.h"
 
 #include <tuple>
@@ -19,16 +20,16 @@ struct Forward {
   Tensor loss, unweighted, residual; // the last undefined: not wanted
   Tensor prediction, target, uncond, u_plus, u_minus; // undefined: absent
 
-  // The target velocity of type V, predictions of type P.
-  template <class V, class P>
+  // The target velocity of type V, predictions of type P, those that are subtracted of type D.
+  template <class V, class P, class D>
   void run(const Times<3>& times, double guidance, int64_t sign) {
     using Acc = Accumulator<P>;
     const auto data = times.data<Acc>();
     const P* const p_in = prediction.const_data_ptr<P>();
     const V* const v_in = target.const_data_ptr<V>();
     const P* const u_in = const_data_or_null<P>(uncond);
-    const P* const plus_in = const_data_or_null<P>(u_plus);
-    const P* const minus_in = const_data_or_null<P>(u_minus);
+    const D* const plus_in = const_data_or_null<D>(u_plus);
+    const D* const minus_in = const_data_or_null<D>(u_minus);
     Acc* const residual_out = data_or_null<Acc>(residual);
     const Lanes<Acc> of_cond(static_cast<Acc>(u_in ? double(sign) / guidance : double(sign)));
     const Lanes<Acc> of_uncond(static_cast<Acc>(double(sign) * (guidance - 1) / guidance));
@@ -39,8 +40,8 @@ struct Forward {
     };
     const Samples samples(prediction.sizes());
     std::vector<Acc> sums(samples.count * samples.chunks), weighted(samples.count * samples.chunks);
-    const bool stream =
-        residual_out && prediction.numel() * int64_t(sizeof(Acc) + sizeof(V) + 4 * sizeof(P)) > STREAM_FROM;
+    constexpr int64_t bytes = sizeof(Acc) + sizeof(V) + 2 * sizeof(P) + 2 * sizeof(D);
+    const bool stream = residual_out && prediction.numel() * bytes > STREAM_FROM;
     samples.for_chunks([&](int64_t, int64_t chunk, int64_t begin, int64_t end) {
       Lanes<Acc> total(Acc(0)), total_weighted(Acc(0));
       times.for_rows(data, begin, end, prepare, [&](int64_t at, int64_t size, auto at_times) {
@@ -119,14 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> flowmap_loss(
     double guidance_scale,
     int64_t sign,
     bool need_residual) {
-  const ScalarType accumulate = accumulation_dtype({prediction.scalar_type(), target_velocity.scalar_type()});
-  ScalarType model = storage_dtype(prediction.scalar_type(), accumulate);
-  for (const OptionalTensor* other : {&uncond_prediction, &u_plus, &u_minus}) {
-    if (*other && (*other)->scalar_type() != prediction.scalar_type()) {
-      model = accumulate;
-    }
-  }
-  const ScalarType velocity = target_velocity.scalar_type() == model ? model : accumulate;
+  const FlowmapLossDtypes dtypes(prediction, target_velocity, uncond_prediction, u_plus, u_minus);
+  const auto [accumulate, model, velocity, difference] = dtypes;
 
   Forward kernel;
   kernel.loss = empty({prediction.size(0)}, accumulate, prediction);
@@ -137,15 +132,16 @@ std::tuple<Tensor, Tensor, Tensor> flowmap_loss(
   kernel.prediction = ready(prediction, model);
   kernel.target = ready(target_velocity, velocity);
   kernel.uncond = uncond_prediction ? ready(*uncond_prediction, model) : Tensor();
-  kernel.u_plus = u_plus ? ready(*u_plus, model) : Tensor();
-  kernel.u_minus = u_minus ? ready(*u_minus, model) : Tensor();
+  kernel.u_plus = u_plus ? ready(*u_plus, difference) : Tensor();
+  kernel.u_minus = u_minus ? ready(*u_minus, difference) : Tensor();
   const Times<3> times(prediction.sizes(), {interval.value_or(weight), gap.value_or(weight), weight}, accumulate);
   with_dtype(model, [&]<class P>(P) {
-    if (velocity == model) {
-      kernel.run<P, P>(times, guidance_scale, sign);
-    } else {
-      kernel.run<Accumulator<P>, P>(times, guidance_scale, sign);
-    }
+    using Acc = Accumulator<P>;
+    const auto with_velocity = [&]<class V>(V) {
+      dtypes.difference == dtypes.model ? kernel.run<V, P, P>(times, guidance_scale, sign)
+                                        : kernel.run<V, P, Acc>(times, guidance_scale, sign);
+    };
+    dtypes.velocity == dtypes.model ? with_velocity(P{}) : with_velocity(Acc{});
   });
   return {kernel.loss, kernel.unweighted, need_residual ? kernel.residual : empty({0}, accumulate, prediction)};
 }

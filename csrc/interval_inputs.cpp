@@ -1,4 +1,5 @@
 // x_s = (1 - s) x0 + s noise at sigma, sigma_plus and sigma_minus,  velocity = noise - x0
+#include "objective_dtypes.h"
 #include "times.h"
 
 #include <tuple>
@@ -119,10 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interval_inputs(
     const OptionalTensor& sigma_plus,
     const OptionalTensor& sigma_minus,
     ScalarType model_dtype) {
-  const ScalarType accumulate = accumulation_dtype({x0.scalar_type(), noise.scalar_type()});
-  const ScalarType latents =
-      x0.scalar_type() == noise.scalar_type() ? storage_dtype(x0.scalar_type(), accumulate) : accumulate;
-  const ScalarType model = storage_dtype(model_dtype, accumulate);
+  const auto [accumulate, latents, model] = IntervalInputsDtypes(x0.scalar_type(), noise.scalar_type(), model_dtype);
   Forward kernel;
   kernel.velocity = empty(x0.sizes(), accumulate, x0);
   for (int n = 0; n < (sigma_plus ? 3 : 1); ++n) {
@@ -147,16 +145,10 @@ std::tuple<Tensor, Tensor> interval_inputs_backward(
     const OptionalTensor& sigma_minus,
     ScalarType x0_dtype,
     ScalarType noise_dtype) {
-  const ScalarType accumulate = accumulation_dtype({x0_dtype, noise_dtype});
-  const ScalarType latents = x0_dtype == noise_dtype ? storage_dtype(x0_dtype, accumulate) : accumulate;
-  Backward kernel;
-  ScalarType model = accumulate; // that of the inputs' gradients, which have one
+  const auto [accumulate, latents, model] =
+      IntervalInputsDtypes::backward(x0_dtype, noise_dtype, {&grad_x, &grad_plus, &grad_minus});
   const std::array<const OptionalTensor*, 3> grads{&grad_x, &grad_plus, &grad_minus};
-  for (const OptionalTensor* grad : grads) {
-    if (*grad) {
-      model = storage_dtype((*grad)->scalar_type(), accumulate);
-    }
-  }
+  Backward kernel;
   Tensor like;
   for (int n = 0; n < 3; ++n) {
     if (*grads[n]) {

@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 folder=build/sanitize
 rm -rf "$folder"
 mkdir -p "$folder"
-cp -r anyflow_kernels csrc setup.py pyproject.toml README.md LICENSE python tests "$folder"
+cp -r anyflow_kernels benchmarks csrc setup.py pyproject.toml README.md LICENSE python tests "$folder"
 cd "$folder" # which is what python -m pytest imports from
 rm -f anyflow_kernels/_C.*
 export ANYFLOW_SANITIZE=1 ANYFLOW_BUILD_EXT=1

@@ -82,6 +82,7 @@ def train(mode: str, variant: str, rank: int, sizes: list[int], folder: Path, st
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     result: dict[str, Any] = {"losses": [], "shares": []}
     for step in range(first, steps):
+        torch.rand(rank + 1)  # somebody else's draws, which move the global generator of each rank differently
         loss, logs = distiller.training_step(rows_of(step, start, count), wrapped)
         if accelerator is None:
             loss.backward()

@@ -138,6 +138,7 @@ def train(
     critic.optimizer.register_step_pre_hook(note)
     with Recorder(others) as recorder, Counter(model) as counter:
         for step in range(first, steps):
+            torch.rand(rank + 1)  # somebody else's draws, which move the global generator of each rank differently
             loss, logs = distiller.training_step(rows_of(step, sum(sizes[:rank]), sizes[rank]), wrapped)
             if accelerator is None:
                 loss.backward()

@@ -206,6 +206,24 @@ def test_traffic_counts_operands_once_and_no_views() -> None:
     assert measure.traffic(lambda: anyflow_kernels.gate_blend(base, base, gate), expand=True)[0] == 3
 
 
+def test_scores_that_are_read_twice_are_counted_twice() -> None:
+    """Of a float32 sample of n elements, its bfloat16 noised one and scores, and the gradient: 16 n are moved at least,
+    and the 6 n of the scores once more."""
+    n = 1 << 14
+    x, sigma, scores = (
+        torch.zeros(1, n),
+        torch.tensor([0.5]),
+        [torch.zeros(1, n, dtype=torch.bfloat16) for _ in range(4)],
+    )
+
+    def run() -> None:
+        *given, uncond = scores
+        anyflow_kernels.dmd_gradient(x, sigma, *given, uncond_real_velocity=uncond, guidance_scale=3.0)
+
+    launches, moved = measure.traffic(run, expand=False)
+    assert launches == 1 and moved == 22 * n + 8  # with sigma and the loss
+
+
 @pytest.mark.slow
 def test_inspection_writes_its_report(tmp_path: Path) -> None:
     pytest.importorskip("triton")

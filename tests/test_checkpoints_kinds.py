@@ -206,6 +206,12 @@ class TestEma:
         saved = load_file(tmp_path / EMA_FILE)
         assert all(torch.equal(saved[name], shadow) for name, shadow in zip(names, ema.shadow_params, strict=True))
         assert any("delta_embedder" in name for name in names)
+        # Every tensor of the delta embedder is in both files, each once and under the name that the bare model has.
+        live = {name: value for name, value in unwrap(held).state_dict().items() if "delta_embedder" in name}
+        student = load_file(tmp_path / STUDENT_FILE)
+        for file in (student, saved):
+            assert {name for name in file if "delta_embedder" in name and not name.startswith("lycoris.")} == set(live)
+        assert all(torch.equal(student[name], value) for name, value in live.items())
 
         fresh, its_network, other = students.trained(WAN, kind, steps=1, ema=average)
         restored: Any = other.average  # type: ignore[attr-defined]
@@ -278,6 +284,22 @@ class TestEma:
         with pytest.raises(ValueError, match=lost):
             load_student(held, tmp_path, ema=ema)
         assert all(torch.equal(a, b) for a, b in zip(before, ema.shadow_params, strict=True))
+
+    @pytest.mark.parametrize("which", ["student", "ema"])
+    def test_a_file_without_a_tensor_of_the_delta_embedder(self, which: Any, tmp_path: Path) -> None:
+        held, _, distiller = students.trained(SD3, "lora", ema=average)
+        save_student(held, tmp_path, ema=distiller.average)  # type: ignore[attr-defined]
+        path = tmp_path / (EMA_FILE if which == "ema" else STUDENT_FILE)
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+        tensors = load_file(path)
+        lost = next(key for key in tensors if "delta_embedder.linear_2.bias" in key)
+        tensors["delta_embedder.other"] = tensors.pop(lost)
+        save_file(tensors, path, metadata)
+        fresh = tiny_models.build(SD3)
+        with pytest.raises(ValueError, match=rf"Missing: \['{lost}'\]; unexpected: \['delta_embedder\.other'\]"):
+            load_student(fresh, tmp_path, which=which)
+        assert not anyflow.is_patched(fresh)
 
     def test_a_copy_under_lycoris_is_refused(self, tmp_path: Path) -> None:
         held, network = students.make(SD3, "lycoris lokr")

@@ -163,6 +163,59 @@ def test_logs_are_in_sigma() -> None:
     assert logs["anyflow_loss"].item() == 0.0
 
 
+def test_a_time_that_runs_backwards_is_told_in_training_rollout_and_sampling() -> None:
+    """sigma 0.8 and 0.3 are t = 0.2 and r = 0.7 for Z-Image, for teacher, student and sampler."""
+    name = "ZImageTransformer2DModel"
+    model, told = student(name), []
+    model.register_forward_pre_hook(lambda _, a, k: told.append((k["t"], k.get("r_timestep"))), with_kwargs=True)
+    distiller = AnyFlowDistiller(
+        model, config={"teacher_rollout_steps": 2}, noise_scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+    _, logs = distiller.training_step({**batch_for(name, (0.8, 0.8)), "r_sigmas": torch.tensor([0.3, 0.3])})
+    assert logs["anyflow_interval"].item() == pytest.approx(0.5)
+    for (t, r), (sigma, below) in zip(told, [(0.8, None), (0.55, None), (0.8, 0.3)], strict=True):
+        assert torch.allclose(t, torch.tensor(1 - sigma))
+        assert (r is None) == (below is None) and (r is None or torch.allclose(r, torch.tensor(0.7)))
+
+    embedder = model.get_submodule(find_spec(name).sites[0].embedder)
+    embedded: list[Any] = []
+    embedder.register_forward_pre_hook(lambda e, _: embedded.append(e._flowmap_call.times[0]))
+    scheduler = distiller.get_scheduler()
+    scheduler.set_timesteps(sigmas=[0.8, 0.3])
+    with torch.no_grad():  # as its pipeline calls it: the time of the step, and no r
+        tiny_models.call(model, name, tiny_models.inputs(name), (1000 - scheduler.timesteps[:1].expand(2)) / 1000)
+    # The embedder takes 1000 t.
+    assert torch.allclose(embedded[0].t / 1000, torch.tensor(0.2)) and torch.allclose(
+        embedded[0].r / 1000, torch.tensor(0.7)
+    )
+
+
+@pytest.mark.parametrize("mode", ["linear", "meanflow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_noise_is_mixed_at_the_sigma_that_the_model_is_told(dtype: torch.dtype, mode: str) -> None:
+    """At times that bfloat16 does not hold, in a bfloat16 model under autocast."""
+    sigmas = torch.tensor([0.937, 0.833, 0.75, 0.99839, 0.978261])
+    distiller = AnyFlowDistiller(
+        student(SD3, dtype=torch.bfloat16),
+        config={"target_mode": mode, "schedule_shift": 1.0, "fuse_guidance_scale": 1.0},
+    )
+    inputs = tiny_models.inputs(SD3, batch=5, dtype=torch.bfloat16)
+    latents = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    conditioning = {key: value for key, value in inputs.items() if key != "hidden_states"}
+    batch = {"latents": latents, "noise": noise, "sigmas": sigmas, "r_sigmas": sigmas / 2}
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared = distiller.prepare_batch({**batch, "conditioning": conditioning})
+    assert torch.equal(prepared["timesteps"], 1000 * sigmas) and prepared["timesteps"].dtype == torch.float32
+    s = sigmas.double().reshape(-1, 1, 1, 1)
+    exact = (1 - s) * latents.double() + s * noise.double()
+    assert prepared["noisy_latents"].dtype == dtype
+    if mode == "linear" and dtype == torch.float32:
+        assert torch.allclose(prepared["noisy_latents"].double(), exact, rtol=0, atol=1e-6)
+    else:  # Rounded once, from float32, for the model. Sigmas of 8 bits are off by 5e-4, and a tenth of these.
+        assert (prepared["noisy_latents"] != exact.bfloat16()).double().mean() < 2e-3
+
+
 @pytest.mark.parametrize("form", ["tensor", "dict", "tuple", "output"])
 def test_loss(form: str) -> None:
     distiller = AnyFlowDistiller(student(SD3), config={"target_mode": "linear", "loss_weight": 2.0})
@@ -196,6 +249,37 @@ def test_r_is_drawn_from_a_private_stream(sampler: str) -> None:
         assert not draws[0][0].any()
     else:
         assert not torch.equal(draws[0][0], draws[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sampler", ["uniform", "zero"])
+def test_times_next_to_zero(sampler: str, dtype: torch.dtype) -> None:
+    """Intervals of no length to speak of: nothing is divided by them, and the target is the velocity there."""
+    distiller = AnyFlowDistiller(student(SD3), config={**ONLINE, "r_timestep_sampler": sampler})
+    sigmas = torch.tensor([1e-8, 0.01], dtype=dtype)
+    for _ in range(5):
+        prepared = distiller.prepare_batch(batch_for(SD3, sigmas))
+        sigma, r = prepared["anyflow_sigmas"], prepared["anyflow_r_sigmas"]
+        assert sigma.dtype == r.dtype == torch.float32 and torch.equal(sigma, sigmas.float())
+        assert ((r >= 0) & (r <= 0.98 * sigma)).all()
+        assert prepared["target"].isfinite().all()
+    batch = {**batch_for(SD3, sigmas), "r_sigmas": sigmas * 0.5}
+    instantaneous = oracle(SD3, {**batch, "sigmas": sigmas.float()}, sigmas.float(), 1)
+    # Of the first sample, whose interval is 5e-9; the network's own rounding.
+    assert torch.allclose(distiller.prepare_batch(batch)["target"][0].double(), instantaneous[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["online_teacher", "linear"])
+def test_ranks_of_one_context_parallel_group_draw_one_r(mode: str) -> None:
+    """Four processes, two for each sample."""
+    groups = [
+        AnyFlowDistiller(student(SD3), config={**ONLINE, "target_mode": mode}, dp_rank=rank // 2, dp_size=2)
+        for rank in range(4)
+    ]
+    for _ in range(3):
+        drawn = [distiller.prepare_batch(batch_for(SD3))["anyflow_r_sigmas"] for distiller in groups]
+        assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3])
+        assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_separate_teacher_and_full_rank_student() -> None:
@@ -361,6 +445,26 @@ class TestTrainerProtocol:
         assert torch.allclose(prepared["target"].double(), expected, atol=2e-5)
         for seen in trainer.seen[1::2]:
             assert all(seen[key] is negative[key] for key in negative)
+
+    @pytest.mark.parametrize("mode", ["online_teacher", "meanflow"])
+    def test_no_tensor_of_the_prompt_is_left_without_it(self, mode: str) -> None:
+        """A mask that the negative prompt has not, and what is nested, are in no unconditional call."""
+        trainer = Trainer(student(SD3))
+        config = {**ONLINE, "teacher_guidance_scale": 2.0, "fuse_guidance_scale": 3.0, "schedule_shift": 1.0}
+        distiller = AnyFlowDistiller(trainer, config={**config, "target_mode": mode})
+        negative = batch_for(SD3, seed=5)["conditioning"]
+        nested = {"text_embeds": torch.zeros(2, 3), "time_ids": torch.ones(2, 6)}
+        negative["added_cond_kwargs"] = {"text_embeds": torch.ones(2, 3), "time_ids": torch.ones(2, 6)}
+        batch = {**trainer_batch(), "encoder_attention_mask": torch.ones(2, 12), "added_cond_kwargs": nested}
+        prompt = ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask", "added_cond_kwargs")
+        distiller.prepare_batch({**batch, "r_sigmas": torch.tensor([0.3, 0.0]), "negative_conditioning": negative})
+        conditional = [seen for seen in trainer.seen if seen["encoder_hidden_states"] is batch[prompt[0]]]
+        others = [seen for seen in trainer.seen if seen["encoder_hidden_states"] is negative[prompt[0]]]
+        assert (len(conditional), len(others)) == ((4, 4) if mode == "online_teacher" else (2, 1))
+        assert all(seen[key] is batch[key] for seen in conditional for key in prompt)
+        assert all("encoder_attention_mask" not in seen for seen in others)
+        assert all(seen[key] is negative[key] for seen in others for key in negative)
+        assert set(nested) == {"text_embeds", "time_ids"} and not nested["text_embeds"].any()
 
     def test_own_conversions(self) -> None:
         """A trainer whose model predicts x0 - noise, and says so itself."""

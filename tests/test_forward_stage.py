@@ -135,6 +135,36 @@ class TestDraws:
         assert torch.equal(torch.stack(self.drawn(*second)), drawn[1])
         assert not torch.equal(drawn[0], drawn[1])
 
+    @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 1), (1, 2)])
+    def test_small_batches_have_every_bucket_in_its_share(self, count: int, ranks: int) -> None:
+        """1000 steps, and any eight in a row, which gradient accumulation makes one of."""
+        places = [
+            toy_stage(torch.float32, streams=RandomStreams(0, dp_rank=rank, dp_size=ranks)) for rank in range(ranks)
+        ]
+        pairs = [torch.cat([torch.stack(self.drawn(*place, count)) for place in places], 1) for _ in range(1000)]
+        diffusion, consistency = (
+            torch.tensor([bucket(pair).sum().item() for pair in pairs])
+            for bucket in (lambda pair: pair[0] == pair[1], lambda pair: pair[1] == 0)
+        )
+        samples = count * ranks
+        for drawn, ratio in ((diffusion, 0.5), (consistency, 0.25)):
+            assert drawn.sum().item() / (1000 * samples) == pytest.approx(ratio, abs=0.01)
+            eight = drawn.unfold(0, 8, 1).sum(1)
+            assert (eight - 8 * samples * ratio).abs().max() <= samples
+
+    @pytest.mark.parametrize("family", ["Lumina2Transformer2DModel", SD3])
+    def test_sigmas_are_noise_at_1_whichever_way_the_time_of_the_family_runs(self, family: str) -> None:
+        """With shift 5 and one bucket, t and r together are uniform draws, shifted: 5/4 (1 - ln(5) / 4) = 0.7471."""
+        options = {"schedule_shift": 5.0, "diffusion_ratio": 0.0, "consistency_ratio": 0.0}
+        stage, denoiser = toy_stage(torch.float32, family, **options)
+        sigma, r = self.drawn(stage, denoiser, 100_000)
+        assert torch.cat([sigma, r]).mean().item() == pytest.approx(0.7471, abs=2e-3)  # 4 standard deviations
+        both = denoiser.spec.model_time(torch.cat([sigma, r])) / abs(denoiser.spec.time_scale)
+        assert both.mean().item() == pytest.approx(0.2529 if family.startswith("Lumina") else 0.7471, abs=2e-3)
+        layout = TimeLayout(denoiser.spec, denoiser.bare, torch.zeros(3, 2, 3, 3))
+        weight = stage._weight(torch.tensor([0.9, 0.5, 0.1]), layout).flatten()  # sigma sqrt(1 - sigma)
+        assert torch.allclose(weight / weight[1], torch.tensor([0.8050, 1.0, 0.2683]), atol=1e-4)
+
     def test_shift_of_the_scheduler(self) -> None:
         def shift(**known: Any) -> float:
             config = {"target_mode": "meanflow", **known.pop("config", {})}
@@ -148,6 +178,38 @@ class TestDraws:
             shift()
         with pytest.raises(ValueError, match="depends on the resolution"):
             shift(noise_scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+    @pytest.mark.parametrize(("epsilon", "share"), [(5.0, 0.76), (1.0, 0.61)])
+    def test_times_that_come_in_bfloat16_are_moved_in_float32(self, epsilon: float, share: float) -> None:
+        """In bfloat16, t + 5 and t - 5 are 8 to 12 apart, and t + 1 and t - 1 mostly nothing."""
+        t = (1000 * torch.rand(8192, generator=torch.Generator().manual_seed(0))).bfloat16().clamp_min(4.0)
+        narrow = (t + epsilon) - (t - epsilon)
+        wrong = narrow != 2 * epsilon if epsilon == 5.0 else narrow == 0
+        assert wrong.double().mean().item() == pytest.approx(share, abs=0.03)
+
+        stage, denoiser = toy_stage(torch.bfloat16, central_difference_epsilon=epsilon / 1000, fuse_guidance_scale=1.0)
+        sigmas = (t / 1000).bfloat16()
+        x0, noise = torch.randn(2, len(t), 1, 1, 1, generator=torch.Generator().manual_seed(1)).bfloat16()
+        batch = {"latents": x0, "noise": noise, "sigmas": sigmas, "r_sigmas": sigmas / 2}
+        layout = TimeLayout(denoiser.spec, denoiser.bare, x0)
+        with torch.autocast("cpu", torch.bfloat16):
+            sigma, r = stage.times(batch, layout)
+            prepared = stage.prepare(batch, layout, sigma, r, None)
+        (_, plus, r_plus, _), (_, minus, r_minus, _) = denoiser.calls[:2]
+        gap = prepared[TERMS].derivative.gap.flatten()
+        assert {x.dtype for x in (sigma, r, plus, minus, r_plus, r_minus, gap)} == {torch.float32}
+        assert torch.equal(sigma, sigmas.float()) and torch.equal(gap, plus - minus)  # of what is fed
+        assert torch.allclose(gap, torch.tensor(2 * epsilon / 1000), rtol=0, atol=1.2e-7)  # two roundings below 1
+
+    def test_a_bfloat16_model_is_told_times_that_differ(self) -> None:
+        model, told = protocol.student(SD3, dtype=torch.bfloat16), []
+        model.register_forward_pre_hook(lambda _, a, k: told.append(k["timestep"]), with_kwargs=True)
+        batch = batch_for(SD3, dtype=torch.bfloat16)
+        batch |= {key: batch[key].bfloat16() for key in ("sigmas", "r_sigmas")}
+        with torch.autocast("cpu", torch.bfloat16):
+            AnyFlowDistiller(model, config=PLAIN).prepare_batch(batch)
+        assert told[0].dtype == torch.float32
+        assert torch.allclose(told[0] - told[1], torch.tensor(10.0), atol=2e-4)  # float32 below 1000
 
     def test_what_the_network_is_fed(self) -> None:
         """Float32 times in a bfloat16 network; two calls at the points of the path, one unconditional, all at r."""
@@ -249,6 +311,35 @@ class TestDropout:
         model.eval()
         assert torch.equal(distiller.prepare_batch(batch_for(SD3))["target"], prepared[0]["target"])
 
+    def test_a_network_that_does_not_depend_on_time_has_no_derivative(self) -> None:
+        """Neither on x: all that its answers could differ by is dropout."""
+        model = self.model()
+        model.dropout = nn.Dropout(0.1)
+        model.proj_out.register_forward_hook(lambda _, __, output: model.dropout(torch.ones_like(output)))
+        modes = [module.training for module in model.modules()]
+        prepared = AnyFlowDistiller(model, config=PLAIN).prepare_batch(batch_for(SD3))
+        derivative = prepared[TERMS].derivative
+        assert torch.equal(derivative.u_plus, derivative.u_minus) and derivative.u_plus.eq(1).all()
+        assert torch.equal(prepared["target"], prepared["noise"] - prepared["latents"])
+        assert [module.training for module in model.modules()] == modes
+
+    @pytest.mark.parametrize("failing", [1, 2, 3])
+    def test_a_forward_that_fails_leaves_the_modes(self, failing: int) -> None:
+        """The third one is unconditional."""
+        model, calls = self.model(), []
+        model.transformer_blocks[0].eval()
+        modes = [module.training for module in model.modules()]
+
+        def fail(*_: Any) -> None:
+            calls.append(None)
+            if len(calls) == failing:
+                raise KeyError("boom")
+
+        model.register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="boom"):
+            AnyFlowDistiller(model, config=MEANFLOW).prepare_batch(batch_for(SD3))
+        assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
+
     def test_the_prediction_keeps_it(self) -> None:
         distiller = AnyFlowDistiller(self.model(), config=PLAIN)
         losses = [distiller.training_step(batch_for(SD3))[0].item() for _ in range(2)]
@@ -327,6 +418,23 @@ class TestBasePrediction:
         with torch.no_grad():
             base = tiny_models.call(stock, name, inputs, prepared["timesteps"]).reshape(x.shape)
         assert torch.allclose(prepared["target"][1], base[1], atol=1e-6)
+
+    def test_is_evaluated(self) -> None:
+        """Dropout of the base itself, in a model that trains, is not in what it predicts."""
+        targets = []
+        for rate in (0.0, 0.5):
+            model = protocol.student(SD3)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = rate
+            targets.append(AnyFlowDistiller(model.train(), config=BASE).prepare_batch(batch_for(SD3))["target"])
+        assert torch.equal(*targets)
+        with torch.no_grad():
+            outputs = [model(torch.ones(1, 4, 8, 8), timestep=torch.ones(1), **self.one()).sample for _ in range(2)]
+        assert not torch.equal(*outputs), "no dropout to leave out"
+
+    def one(self) -> dict[str, Tensor]:
+        return {key: value[:1] for key, value in batch_for(SD3)["conditioning"].items()}
 
     def test_a_student_that_is_still_the_base_keeps_the_balance(self) -> None:
         """Its diffusion loss is 0; what the base is off the path is the floor, so that other samples still count."""
@@ -527,9 +635,11 @@ def test_the_same_work_whatever_is_in_the_buckets(r: tuple[float, float], monkey
         dist.destroy_process_group()
 
 
-def test_any_time_of_the_interval_is_finite() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_time_of_the_interval_is_finite(dtype: torch.dtype) -> None:
     """t next to 0 and at 1, r = t and r = 0, in both boundary modes; nothing divides by the interval."""
-    times = torch.tensor([[1e-8, 1e-8], [1e-8, 0.0], [1.0, 1.0], [1.0, 0.0], [0.01, 0.005]])
+    pairs = [[1e-8, 1e-8], [1e-8, 0.0], [1.0, 1.0], [1.0, 0.0], [0.01, 0.005], [0.5, 0.4999]]
+    times = torch.tensor(pairs, dtype=dtype)
     for boundary in ("extrapolate", "clamp"):
         distiller = AnyFlowDistiller(protocol.student(SD3), config={**PLAIN, "boundary_mode": boundary})
         for t, r in times:
@@ -537,6 +647,8 @@ def test_any_time_of_the_interval_is_finite() -> None:
             prepared = distiller.prepare_batch(batch)
             loss, _ = distiller.training_step(batch)
             assert prepared["target"].isfinite().all() and loss.isfinite()
+            if t == r:
+                assert torch.equal(prepared["target"], batch["noise"] - batch["latents"])
 
 
 def test_resumed_run_is_the_same_run(tmp_path: Path) -> None:

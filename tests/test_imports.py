@@ -25,6 +25,7 @@ LAYERS = {
     "python/anyflow/layout.py": {"families"},
     "python/anyflow/denoiser.py": {"families", "layout", "patching"},
     "python/anyflow/critic.py": {"adapters", "config", "distributed", "patching"},
+    "python/anyflow/guard.py": {"distributed"},
     "python/anyflow/stages": {
         "adapters",
         "config",
@@ -51,6 +52,7 @@ LAYERS = {
         "critic",
         "denoiser",
         "families",
+        "guard",
         "layout",
         "patching",
         "sampling",

@@ -13,6 +13,7 @@ from toy_flow import toy_stage
 
 from anyflow.layout import TimeLayout
 from anyflow.objectives import adaptive_balance, central_difference, exact_derivative, flowmap_target, meanflow_loss
+from anyflow.stages.forward import TERMS
 from anyflow.time import central_points, timestep_weight
 
 SHIFT, EPSILON = 3.0, 0.005
@@ -192,6 +193,54 @@ def test_no_worse_than_twice_eager(settings: dict[str, Any], dtype: torch.dtype)
             eager_errors[key] = max(eager_errors.get(key, 0.0), error(plain[key], value))
     for key, value in found_errors.items():
         assert value <= 2 * eager_errors[key], (key, value, eager_errors[key])
+
+
+@pytest.mark.parametrize("bucket", ["no diffusion", "nothing else"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_batches_of_one_kind_are_not_balanced(bucket: str, dtype: torch.dtype) -> None:
+    """Loss and gradient are those without the balance, to the bit, and finite."""
+    batch = data(dtype)
+    batch["r_sigmas"] = batch["sigmas"] * (1.0 if bucket == "nothing else" else 0.5)
+    settings = {**CASES[0], "fuse_guidance_scale": 3.0, "diffusion_target": "flow"}
+    on, off = (
+        run(batch, {**settings, "meanflow_adaptive_weighting": a}, "SD3Transformer2DModel") for a in (True, False)
+    )
+    for key in ("loss", "gradient"):
+        assert torch.equal(on[key], off[key]) and on[key].isfinite(), key
+
+
+@pytest.mark.parametrize("tangent", [1e4, 1e5])
+def test_large_tangents_of_a_float16_network_under_autocast(tangent: float) -> None:
+    """Through the whole stage: u is 1e4 (or 1e5) sigma, so the target is of that size and its square is beyond float16.
+
+    u_plus - u_minus is rounded to float16, of numbers of up to half the tangent; the target is taken from that.
+    """
+    stage, denoiser = toy_stage(torch.float16, fuse_guidance_scale=1.0, meanflow_weight_type="uniform")
+    scale = torch.tensor(1.0, requires_grad=True)
+    denoiser.bare.forward = lambda x, t, r, negative=False: (  # type: ignore[method-assign]
+        (scale * tangent * (t - 0.45).reshape(-1, 1, 1, 1)).half().expand(x.shape)
+    )
+    x0, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).half()
+    batch = {"latents": x0, "noise": noise, "sigmas": torch.tensor([0.5, 0.4]), "r_sigmas": torch.tensor([0.1, 0.4])}
+    layout = TimeLayout(denoiser.spec, denoiser.bare, x0)
+    with torch.autocast("cpu", torch.float16):
+        sigma, r = stage.times(batch, layout)
+        prepared = stage.prepare(batch, layout, sigma, r, None)
+        prediction = denoiser(prepared, prepared["noisy_latents"], sigma, r)
+        loss, logs = stage.loss(prepared, prediction)
+    loss.backward()
+    derivative = prepared[TERMS].derivative
+    assert derivative.u_plus.dtype == prediction.dtype == torch.float16
+    difference = derivative.u_plus.double() - derivative.u_minus.double()
+    target = noise.double() - x0.double()
+    target[0] -= 0.4 * (difference / derivative.gap.double())[0]
+    assert target[0].abs().min() > 0.3 * tangent
+    assert prepared["target"].dtype == loss.dtype == torch.float32
+    assert torch.allclose(prepared["target"].double(), target, rtol=1e-5)
+    losses = (prediction.detach().double() - target).square().flatten(1).mean(1)
+    balanced = losses[1] * (1 + losses[0] / (losses[0] + 1e-5)) / 2
+    assert loss.item() == pytest.approx(balanced.item(), rel=1e-5)
+    assert scale.grad is not None and scale.grad.isfinite() and all(value.isfinite() for value in logs.values())
 
 
 def test_central_difference_is_exact_for_a_quadratic() -> None:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from toy_flow import toy_stage
 
-from anyflow.objectives import average_velocity, linear_velocity
+from anyflow import AnyStepScheduler
+from anyflow.layout import TimeLayout
+from anyflow.objectives import (
+    average_velocity,
+    backward_simulation,
+    distribution_matching,
+    fake_score_loss,
+    linear_velocity,
+    simulation_path,
+)
+from anyflow.time import sample_r
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -141,3 +156,44 @@ def test_linear(dtype: torch.dtype) -> None:
     target = linear_velocity(x0, noise)
     assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(target, noise.to(target.dtype) - x0.to(target.dtype))
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Stands for a device that has no float64 (MPS); the meta device is taken for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, func
+        return result
+
+
+def test_no_float64_on_a_device_that_has_none() -> None:
+    """Draws, schedules and every objective, from latents on the device; what is drawn is float64 on the CPU at most."""
+    x, noise, v, fake = torch.randn(4, 3, 2, 4, 4).to("meta").unbind()
+    sigma = torch.full((3,), 0.5, device="meta")
+
+    def lay(s: Tensor) -> Tensor:
+        return s.reshape(-1, 1, 1, 1)
+
+    stage, denoiser = toy_stage(torch.float32)
+    denoiser.bare.to("meta")
+    common: dict[str, Any] = {"to_latents": lay}
+    with WithoutFloat64():
+        r = sample_r(sigma, "uniform", 0.02, torch.Generator())
+        average_velocity(lambda *_: (v, v), x, sigma, r, 4, guidance_scale=2.0, **common)
+        path = [s * torch.ones_like(sigma) for s in simulation_path(4, 1, 3.0)]
+        samples = backward_simulation(lambda *_: v, noise, path, **common)
+        distribution_matching(samples, noise, sigma, lambda *_: (v, v), lambda *_: fake, guidance_scale=2.0, **common)
+        fake_score_loss(samples, noise, sigma, lambda *_: fake, **common)
+        batch = {"latents": x, "noise": noise, "negative_conditioning": {}}
+        layout = TimeLayout(denoiser.spec, denoiser.bare, x)
+        drawn, lower = stage.times(batch, layout)
+        prepared = stage.prepare(batch, layout, drawn, lower, None)
+        loss, logs = stage.loss(prepared, denoiser(prepared, prepared["noisy_latents"], drawn, lower))
+        assert loss.device.type == drawn.device.type == prepared["target"].device.type == "meta"
+        assert all(value.dtype == torch.float32 for value in (loss, *logs.values()))
+        scheduler = AnyStepScheduler.like(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        scheduler.set_timesteps(4, device="meta")
+        assert scheduler.timesteps.device.type == "meta" and scheduler.timesteps.dtype == torch.float32

@@ -322,6 +322,15 @@ class TestUnconditional:
         with pytest.raises(ValueError, match="pooled_projections of the batch is the positive prompt's"):
             distiller.compute_distill_loss({**prepared, "negative_conditioning": lacking}, prepared["target"])
 
+        lacking = {key: value for key, value in negative.items() if key != "added_cond_kwargs"}
+        with pytest.raises(ValueError, match="text_embeds of the batch is the positive prompt's"):
+            distiller.compute_distill_loss({**prepared, "negative_conditioning": lacking}, prepared["target"])
+
+    def test_of_the_forward_loss_beside(self) -> None:
+        _, distiller = make(onpolicy_forward="meanflow", fuse_guidance_scale=3.0)
+        with pytest.raises(ValueError, match=r"fuse_guidance_scale=3\.0 needs negative_conditioning"):
+            distiller.prepare_batch(protocol.batch_for(SD3))
+
     def test_missing_altogether(self) -> None:
         _, distiller = make(real_guidance_scale=3.0)
         with pytest.raises(ValueError, match=r"real_guidance_scale=3\.0 needs negative_conditioning"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def sites(model: Any) -> tuple[EmbedderSite, ...]:
     return find_spec(type(model).__name__).sites
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 class TestIdentities:
     def test_without_r_the_model_is_stock(self, name: str, dtype: torch.dtype) -> None:
@@ -53,7 +54,7 @@ class TestIdentities:
         assert torch.equal(call(model, name, inputs, t), stock)
 
     def test_gate_zero_is_stock(self, name: str, dtype: torch.dtype) -> None:
-        if name in ROUNDS_TIME and dtype == torch.bfloat16:
+        if name in ROUNDS_TIME and dtype != torch.float32:
             # The stock model sees the rounded time, the patched one the exact one: see TestRounding.
             t_exact = tiny_models.times(name, EXACT_SIGMAS)
         else:
@@ -65,13 +66,15 @@ class TestIdentities:
         assert torch.equal(call(model, name, inputs, t_exact, r), stock)
 
     def test_r_equal_t_with_a_fresh_clone_is_stock(self, name: str, dtype: torch.dtype) -> None:
-        exact = name in ROUNDS_TIME and dtype == torch.bfloat16
+        """And so is an omitted r: a caller who knows nothing of r has the base model, and r = t, to the bit."""
+        exact = name in ROUNDS_TIME and dtype != torch.float32
         model, inputs, _, _ = setup(name, dtype)
         t = tiny_models.times(name, EXACT_SIGMAS if exact else SIGMAS)
         stock = call(model, name, inputs, t)
         for gate in (0.25, 0.3, 1.0):
             anyflow.patch(model, gate_value=gate)
             assert torch.equal(call(model, name, inputs, t, t), stock)
+            assert torch.equal(call(model, name, inputs, t), stock)
 
     @pytest.mark.parametrize("deltatime_type", ["r", "t-r"])
     def test_r_changes_the_output(self, name: str, dtype: torch.dtype, deltatime_type: str) -> None:
@@ -81,6 +84,22 @@ class TestIdentities:
         conditioned = call(model, name, inputs, t, r)
         assert torch.isfinite(conditioned).all()
         assert not torch.equal(conditioned, stock)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_patch_warns_where_it_changes_the_model(name: str) -> None:
+    """With type t-r the copied embedder sees 0 at r = t: another embedding, unless the gate is shut."""
+    for deltatime_type, gate in (("r", 0.25), ("t-r", 0.25), ("t-r", 0.0)):
+        model, inputs, t, _ = setup(name)
+        stock = call(model, name, inputs, t)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            anyflow.patch(model, gate_value=gate, deltatime_type=deltatime_type)
+            anyflow.patch(model, gate_value=gate, deltatime_type=deltatime_type)  # no fresh one: says nothing
+        changes = deltatime_type == "t-r" and gate > 0
+        assert ["changes the model before any training" in str(w.message) for w in caught] == [True] * changes
+        assert torch.equal(call(model, name, inputs, t, t), stock) != changes
+        assert torch.equal(call(model, name, inputs, t), stock)
 
 
 class TestRounding:
@@ -122,6 +141,42 @@ class TestRounding:
         call(model, name, inputs, t, t)
         call(model, name, inputs, t, near)
         assert not torch.equal(captured[0], captured[-1])
+
+    @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+    def test_features_are_those_of_the_exact_times(self, name: str) -> None:
+        """The sinusoid of t and of r, against float64, in a bfloat16 model: also where stock divides by 1000."""
+        for exact, rounded in ((937, 936), (833, 832), (750, 752), (998.39, 1000), (978.261, 976)):
+            model = tiny_models.build(name, dtype=torch.bfloat16)
+            anyflow.patch(model)
+            seen: list[Tensor] = []
+            model.time_text_embed.time_proj.register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
+            model.time_text_embed.delta_embedder.linear_1.register_forward_pre_hook(lambda *_: None)  # not fused
+            t, r = (tiny_models.times(name, [value / 1000] * 2) for value in (exact, exact / 2))
+            call(model, name, tiny_models.inputs(name, dtype=torch.bfloat16), t, r)
+
+            def sinusoid(value: float) -> Tensor:
+                angles = value * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+                return torch.cat([angles.cos(), angles.sin()])
+
+            assert (sinusoid(exact) - sinusoid(rounded)).abs().max() > 0.5
+            for value in (exact, exact / 2):
+                # Angles of up to 1000 are float32: 6e-5, twice rounded, and a sigma of 24 bits.
+                assert any((f.double() - sinusoid(value)).abs().max() < 3e-4 and f.dtype == torch.float32 for f in seen)
+
+    def test_small_times_are_times(self) -> None:
+        """0.7 of 1000 is that, and no sigma; a unit time may be a little more than 1."""
+        cases = (("SD3Transformer2DModel", [0.7, 0.4], 1.0), ("FluxTransformer2DModel", [1.0000001, 0.4], 1000.0))
+        for name, times, scale in cases:
+            model = tiny_models.build(name)
+            anyflow.patch(model)
+            seen: list[Any] = []
+            model.time_text_embed.timestep_embedder.register_forward_pre_hook(
+                lambda e, _, seen=seen: seen.append(e._flowmap_call.times[0])
+            )
+            for rows in (1, 2):
+                t = torch.tensor(times[:rows])
+                call(model, name, tiny_models.inputs(name, batch=rows), t, t)
+                assert torch.equal(seen[-1].t, scale * t) and torch.equal(seen[-1].r, scale * t)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,7 +24,7 @@ from anyflow import AnyFlowDistiller, AnyStepScheduler, any_step
 from anyflow.families import find_spec
 from anyflow.patching.times import Schedule, next_on_grid, scheduled_times
 from anyflow.patching.unwrap import denoisers
-from anyflow.time import shift_sigma
+from anyflow.time import shift_sigma, sigma_grid
 
 PIPELINES = [*tiny_pipelines.STOCK, *tiny_pipelines.VARIANTS]
 PIPELINES = [name for name in PIPELINES if "epsilon" not in name]
@@ -199,6 +199,19 @@ class TestScheduler:
             assert torch.allclose(scheduler.sigmas.double(), shift_sigma(u, shift), atol=1e-6)
             assert len(scheduler.timesteps) == steps and scheduler.sigmas[-1] == 0
             assert torch.equal(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
+
+    def test_a_schedule_that_was_set_before_changes_nothing(self) -> None:
+        """Stock shifts twice: its smallest sigma, 3 / 1000 / (1 + 2 / 1000) when made, has the shift once more then."""
+        stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        assert stock.sigmas[-1].item() == pytest.approx(0.002994, abs=1e-6)
+        stock.set_timesteps(1000)
+        assert stock.sigmas[-2].item() == pytest.approx(0.008929, abs=1e-6)
+        for scheduler in (AnyStepScheduler.like(stock), AnyStepScheduler.like(AnyStepScheduler.like(stock))):
+            for _ in range(2):
+                scheduler.set_timesteps(1000)
+                assert len(scheduler.sigmas) == 1001
+                assert scheduler.sigmas[-2].item() == pytest.approx(0.002994, abs=1e-6)
+                assert torch.allclose(scheduler.sigmas, sigma_grid(1000, 3.0), rtol=0, atol=1e-6)
 
     def test_set_shift_is_kept(self) -> None:
         stock = FlowMatchEulerDiscreteScheduler(shift=1.0)

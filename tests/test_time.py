@@ -77,6 +77,17 @@ def test_model_time_and_back(name: str) -> None:
     assert torch.allclose(spec.sigma(spec.model_time(sigma)), sigma, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", families())
+def test_the_scale_is_declared_and_never_read_off_the_values(name: str) -> None:
+    """Times of 0.7 of 1000, and of a little more than 1 of 1, in a batch of 1 or of 64."""
+    spec = find_spec(name)
+    few = torch.tensor([0.0007, 0.0004, 1.0000001])
+    exact = spec.time_scale * few.double() + spec.time_offset
+    assert torch.allclose(spec.model_time(few).double(), exact, rtol=0, atol=2e-7 * max(1.0, abs(spec.time_scale)))
+    for rows in (few[:1], few[2:], few.repeat(22)[:64]):
+        assert torch.equal(spec.model_time(rows), torch.stack([spec.model_time(row) for row in rows]))
+
+
 def test_reversed_time() -> None:
     spec = find_spec("ZImageTransformer2DModel")
     assert spec.model_time(0.8) == pytest.approx(0.2) and spec.model_time(0.3) == pytest.approx(0.7)

@@ -49,6 +49,16 @@ def _interval_inputs_fwd_kernel(
 
 
 @triton.jit
+def _add_gradient(dx0, dnoise, grad_ptr, sigma_ptr, offset, mask, time, time_mask, ACCUMULATE: tl.constexpr):
+    if grad_ptr is not None:
+        sigma = tl.load(sigma_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
+        dx0 += (1 - sigma) * grad
+        dnoise += sigma * grad
+    return dx0, dnoise
+
+
+@triton.jit
 def _interval_inputs_bwd_kernel(
     grad_x0_ptr,
     grad_noise_ptr,
@@ -76,21 +86,9 @@ def _interval_inputs_bwd_kernel(
     if grad_velocity_ptr is not None:
         dnoise += tl.load(grad_velocity_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
         dx0 -= dnoise
-    if grad_x_ptr is not None:
-        sigma = tl.load(sigma_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
-        grad = tl.load(grad_x_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
-        dx0 += (1 - sigma) * grad
-        dnoise += sigma * grad
-    if grad_plus_ptr is not None:
-        sigma = tl.load(sigma_plus_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
-        grad = tl.load(grad_plus_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
-        dx0 += (1 - sigma) * grad
-        dnoise += sigma * grad
-    if grad_minus_ptr is not None:
-        sigma = tl.load(sigma_minus_ptr + time, mask=time_mask, other=0.0).to(ACCUMULATE)[:, None]
-        grad = tl.load(grad_minus_ptr + offset, mask=mask, other=0.0).to(ACCUMULATE)
-        dx0 += (1 - sigma) * grad
-        dnoise += sigma * grad
+    dx0, dnoise = _add_gradient(dx0, dnoise, grad_x_ptr, sigma_ptr, offset, mask, time, time_mask, ACCUMULATE)
+    dx0, dnoise = _add_gradient(dx0, dnoise, grad_plus_ptr, sigma_plus_ptr, offset, mask, time, time_mask, ACCUMULATE)
+    dx0, dnoise = _add_gradient(dx0, dnoise, grad_minus_ptr, sigma_minus_ptr, offset, mask, time, time_mask, ACCUMULATE)
     tl.store(grad_x0_ptr + offset, dx0.to(grad_x0_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_noise_ptr + offset, dnoise.to(grad_noise_ptr.dtype.element_ty), mask=mask)
 

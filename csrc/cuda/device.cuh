@@ -34,6 +34,12 @@ __host__ __device__ void with_storage(ScalarType dtype, F&& f) {
   }
 }
 
+// For any of the four.
+template <class F>
+void with_dtype(ScalarType dtype, F&& f) {
+  dtype == ScalarType::Double ? f(double{}) : with_storage<float>(dtype, f);
+}
+
 // Tensors of which each thread reads or writes single values: in any of the four dtypes.
 template <class Acc>
 __device__ Acc load_as(const void* from, ScalarType dtype, int64_t at) {
@@ -129,7 +135,13 @@ __device__ void store(T* to, const Span& span, const Values<Acc, N>& values) {
     for (int i = 0; i < N; ++i) {
       pack.values[i] = static_cast<T>(values[i]);
     }
-    *reinterpret_cast<Pack<T, N>*>(to + span.at) = pack;
+    // Assigned, the vectors could be taken apart again, to share single stores with the other branch.
+    uint4 vectors[sizeof(pack) / 16];
+    memcpy(vectors, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(pack) / 16); ++i) {
+      __stwb(reinterpret_cast<uint4*>(to + span.at) + i, vectors[i]);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -170,19 +182,30 @@ __device__ Acc warp_sum(Acc value) {
 }
 
 // Over a block of SIZE threads, every one of which calls this once.
-template <int SIZE, class Acc>
-__device__ Acc block_sum(Acc value) {
-  __shared__ Acc of_warp[SIZE / WARP];
-  value = warp_sum(value);
-  if (threadIdx.x % WARP == 0) {
-    of_warp[threadIdx.x / WARP] = value;
+template <int SIZE, class Acc, int N>
+__device__ Values<Acc, N> block_sums(const Values<Acc, N>& values) {
+  __shared__ Acc of_warp[N][SIZE / WARP];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const Acc value = warp_sum(values[i]);
+    if (threadIdx.x % WARP == 0) {
+      of_warp[i][threadIdx.x / WARP] = value;
+    }
   }
   __syncthreads();
-  Acc total = 0;
-  for (const Acc other : of_warp) {
-    total += other;
+  Values<Acc, N> totals{};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    for (const Acc other : of_warp[i]) {
+      totals[i] += other;
+    }
   }
-  return total;
+  return totals;
+}
+
+template <int SIZE, class Acc>
+__device__ Acc block_sum(Acc value) {
+  return block_sums<SIZE>(Values<Acc, 1>{{value}})[0];
 }
 
 // Of one block: total = the sum of `count` partial sums.

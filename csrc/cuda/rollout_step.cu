@@ -1,41 +1,21 @@
 // x' = x + (sigma_next - sigma) v,  average' = average + weight v,  v = sign (v_u + guidance_scale (v_c - v_u))
 #include "rollout_step.h"
 
-#include "device.cuh"
+#include "rows.cuh"
 
 namespace anyflow::cuda {
 namespace {
 
-// The coefficients under consecutive elements: read again where a row ends.
 template <class Acc>
 struct Coefficients {
-  const Times& times;
-  int64_t row;
-  int64_t end; // of the row, counted from the start of the span
   Acc step, weight;
-
-  __device__ Coefficients(const Times& times, const Span& span)
-      : times(times), row(span.at / times.inner), end((row + 1) * times.inner - span.at), step(0), weight(0) {
-    if (span.count > 0) {
-      read();
-    }
-  }
-
-  __device__ void read() {
-    const int64_t at = row / times.frames / times.middle * times.frames + row % times.frames;
-    step = static_cast<const Acc*>(times.sigma_next)[at] - static_cast<const Acc*>(times.sigma)[at];
-    weight = static_cast<const Acc*>(times.weight)[at];
-  }
-
-  // Before the element at span.at + i, for every i of the span.
-  __device__ void enter(int i, const Span& span) {
-    if (i == end && i < span.count) {
-      ++row;
-      end += times.inner;
-      read();
-    }
-  }
 };
+
+template <class Acc>
+__device__ Coefficients<Acc> coefficients(const Times& times, int64_t time) {
+  return {
+      time_at<Acc>(times.sigma_next, time) - time_at<Acc>(times.sigma, time), time_at<Acc>(times.weight, time)};
+}
 
 template <class X, class V>
 __global__ void __launch_bounds__(THREADS, 4) rollout_step_fwd_kernel(
@@ -43,18 +23,21 @@ __global__ void __launch_bounds__(THREADS, 4) rollout_step_fwd_kernel(
   using Acc = Accumulator<V>;
   constexpr int N = lanes_of<X, V>();
   const Span span = own_span<N>(numel, aligned);
-  const auto v_c = load<Acc, N>(static_cast<const V*>(given.velocity), span);
+  auto v = load<Acc, N>(static_cast<const V*>(given.velocity), span);
   const auto v_u = load<Acc, N>(static_cast<const V*>(given.uncond), span);
-  auto x = load<Acc, N>(static_cast<const X*>(given.x), span);
-  auto average = load<Acc, N>(static_cast<const Acc*>(given.average), span);
   const Acc scale = static_cast<Acc>(guidance_scale), direction = static_cast<Acc>(sign);
-  Coefficients<Acc> at(times, span);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    at.enter(i, span);
-    const Acc v = direction * (given.uncond ? v_u[i] + scale * (v_c[i] - v_u[i]) : v_c[i]);
-    average[i] += at.weight * v;
-    x[i] += at.step * v;
+    v[i] = direction * (given.uncond ? v_u[i] + scale * (v[i] - v_u[i]) : v[i]);
+  }
+  auto x = load<Acc, N>(static_cast<const X*>(given.x), span);
+  auto average = load<Acc, N>(static_cast<const Acc*>(given.average), span);
+  UnderTimes under(times.rows, span, [&](int64_t time) { return coefficients<Acc>(times, time); });
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const Coefficients<Acc> at = under.at(i);
+    average[i] += at.weight * v[i];
+    x[i] += at.step * v[i];
   }
   store(static_cast<Acc*>(given.new_average), span, average);
   if (given.new_x) {
@@ -82,11 +65,11 @@ __global__ void __launch_bounds__(THREADS, 4) rollout_step_bwd_kernel(
   const Acc direction = static_cast<Acc>(sign);
   const Acc scale = given.grad_uncond ? static_cast<Acc>(guidance_scale) : Acc(1);
   const Acc rest = static_cast<Acc>(1 - guidance_scale);
-  Coefficients<Acc> at(times, span);
+  UnderTimes under(times.rows, span, [&](int64_t time) { return coefficients<Acc>(times, time); });
   Values<Acc, N> dv, du;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    at.enter(i, span);
+    const Coefficients<Acc> at = under.at(i);
     dx[i] += grad_input[i];
     const Acc both = direction * (at.step * dx[i] + at.weight * grad_average[i]);
     dv[i] = scale * both;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "rows.h"
+
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
@@ -7,11 +9,9 @@
 
 namespace anyflow::cuda {
 
-// How x lies under its times: in rows of `inner` elements that share one; row (b * middle + c) * frames + f takes the
-// time b * frames + f.
 struct Times {
   const void *sigma, *sigma_next, *weight; // in the accumulator's dtype
-  int64_t middle, frames, inner;
+  Rows rows;
 };
 
 // Contiguous arrays of `numel` elements, at least one. x is in the storage dtype of the state, the velocities and

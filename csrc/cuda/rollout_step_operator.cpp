@@ -2,68 +2,15 @@
 #include "rollout_step.h"
 
 #include "../rollout_dtypes.h"
-#include "../times.h"
+#include "tiling.h"
 
 #include <tuple>
-#include <vector>
 
 namespace anyflow::cuda {
 namespace {
 
-// False when the times do not vary as (outer, broadcast, frames, broadcast).
-bool tile(Times& times, at::IntArrayRef shape, at::IntArrayRef times_shape) {
-  struct Run { // adjacent dimensions of one kind
-    bool varies;
-    int64_t length;
-  };
-  std::vector<Run> runs;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    const bool varies = times_shape[i] == shape[i];
-    if (shape[i] == 1) {
-      continue;
-    }
-    if (!runs.empty() && runs.back().varies == varies) {
-      runs.back().length *= shape[i];
-    } else {
-      runs.push_back({varies, shape[i]});
-    }
-  }
-  if (runs.empty() || !runs[0].varies) {
-    runs.insert(runs.begin(), {true, 1});
-  }
-  if (runs.size() > 4) {
-    return false;
-  }
-  const auto length = [&](size_t i) { return i < runs.size() ? runs[i].length : 1; };
-  const bool short_form = runs.size() <= 2;
-  times.middle = short_form ? 1 : length(1);
-  times.frames = short_form ? 1 : length(2);
-  times.inner = short_form ? length(1) : length(3);
-  return true;
-}
-
-// The times under x, as the kernels read them.
-struct Rows {
-  Tensor sigma, sigma_next, weight;
-  Times times{};
-
-  Rows(at::IntArrayRef shape, const Tensor& sigma, const Tensor& sigma_next, const Tensor& weight, ScalarType dtype)
-      : sigma(over(shape, sigma)), sigma_next(over(shape, sigma_next)), weight(over(shape, weight)) {
-    const bool tiled = tile(times, shape, this->sigma.sizes());
-    if (!tiled) {
-      tile(times, shape, shape);
-    }
-    for (Tensor* time : {&this->sigma, &this->sigma_next, &this->weight}) {
-      *time = ready(tiled ? *time : time->expand(shape), dtype);
-    }
-    times.sigma = this->sigma.const_data_ptr();
-    times.sigma_next = this->sigma_next.const_data_ptr();
-    times.weight = this->weight.const_data_ptr();
-  }
-};
-
-const void* data_of(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+Times times_of(const Tiling<3>& tiling) {
+  return {data_of(tiling.times[0]), data_of(tiling.times[1]), data_of(tiling.times[2]), tiling.rows};
 }
 
 Tensor model_time_of(const Tensor& sigma_next, double scale, double offset) {
@@ -104,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
   const Tensor average_in = average ? ready(*average, accumulate) : Tensor();
   const Tensor x_in = last ? Tensor() : ready(x, state);
   const Tensor next_times = sigma_next.contiguous();
-  const Rows rows(x.sizes(), sigma, sigma_next, weight, accumulate);
+  const Tiling<3> tiling(x.sizes(), {sigma, sigma_next, weight}, accumulate);
   RolloutStep step{};
   step.x = data_of(x_in);
   step.average = data_of(average_in);
@@ -124,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
       step.time_offset = time_offset;
     }
   }
-  launch_rollout_step({rows.times, guidance_scale, sign, x.numel(), state, model, x.device().index()}, step);
+  launch_rollout_step({times_of(tiling), guidance_scale, sign, x.numel(), state, model, x.device().index()}, step);
   if (has_input && !step.model_input) {
     model_input = new_x.to(model_dtype);
   }
@@ -153,9 +100,9 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
     const Tensor gx = grad_x ? ready(*grad_x, accumulate) : Tensor();
     const Tensor ga = grad_average ? ready(*grad_average, accumulate) : Tensor();
     const Tensor gi = grad_input ? ready(*grad_input, model) : Tensor();
-    const Rows rows(velocity.sizes(), sigma, sigma_next, weight, accumulate);
+    const Tiling<3> tiling(velocity.sizes(), {sigma, sigma_next, weight}, accumulate);
     launch_rollout_step_backward(
-        {rows.times, guidance_scale, sign, velocity.numel(), state, model, velocity.device().index()},
+        {times_of(tiling), guidance_scale, sign, velocity.numel(), state, model, velocity.device().index()},
         {data_of(gx),
          data_of(ga),
          data_of(gi),

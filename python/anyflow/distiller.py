@@ -16,6 +16,7 @@ from .config import AnyFlowConfig
 from .critic import Critic
 from .denoiser import Denoiser, DiffusersDenoiser, TrainerDenoiser, spec_of
 from .families import FamilySpec
+from .guard import FiniteSteps
 from .layout import TimeLayout, prediction_of, velocity_part
 from .patching import delta_parameters, is_patched, patch, trainable_parameters
 from .patching.clone import is_quantised
@@ -106,6 +107,7 @@ class AnyFlowDistiller:
         )
         self._stage = make_stage(self._roles)
         self._gradients = GradientCheck()
+        self._guard = FiniteSteps()
 
     def _patch_student(self, bare: Any, given: Mapping[str, Any]) -> None:
         conditioning = {key: getattr(self.config, key) for key in ("gate_value", "deltatime_type")}
@@ -193,6 +195,22 @@ class AnyFlowDistiller:
                 trained += [(f"{path}.{name}", parameter) for name, parameter in delta.named_parameters()]
         return trained
 
+    def skip_nonfinite_steps(self, optimizer: Any) -> None:
+        """From now on ``optimizer.step()`` moves nothing where a loss or a gradient is not finite on any rank.
+
+        ``optimizer``: that of ``trainable_parameters()``, or accelerate's wrapper of it. Call this once, before the
+        first step. A step is skipped on all ranks or on none: its gradients are dropped, so that no weight and no
+        moment changes, and ``skipped_steps`` counts it. Of accumulated gradients one such micro-batch takes the others
+        with it. Costs one all-reduce and one wait for the device in each step; every rank has to make each step. A
+        ``GradScaler`` skips overflows by itself, before this is asked, and they are not counted here.
+        """
+        self._guard.guard(optimizer)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite_steps`` has kept back, in this run and the ones that it continues."""
+        return self._guard.skipped
+
     @property
     def critic(self) -> Critic | None:
         """The fake score of the on-policy stage: its parameters and its optimizer, which the distiller steps itself."""
@@ -262,7 +280,8 @@ class AnyFlowDistiller:
         ``model_output``: the prediction, a dict with ``model_prediction``, or a diffusers output. ``original_loss`` is
         the trainer's own; the loss returned here takes its place.
         Logs, detached 0-d tensors: ``anyflow_loss``, and the means of sigma_t, sigma_r and their difference as
-        ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``; of "meanflow" also those of docs/recipes.md.
+        ``anyflow_timestep``, ``anyflow_r_timestep``, ``anyflow_interval``; of "meanflow" also those of docs/recipes.md;
+        after ``skip_nonfinite_steps`` also ``anyflow_skipped_steps``.
 
         Raises ValueError when the prediction has another shape than the target; RuntimeError when a trainer's model has
         not been given ``flowmap_r_timesteps`` since ``prepare_batch``, so that r would never be learned.
@@ -277,6 +296,7 @@ class AnyFlowDistiller:
             raise ValueError(f"the prediction has shape {list(prediction.shape)}, the target {list(target.shape)}")
         loss, own_logs = self._stage.loss(prepared_batch, prediction)
         self._gradients.watch(loss, self._always_reached)
+        self._guard.watch(loss)
         sigma, r = prepared_batch["anyflow_sigmas"], prepared_batch["anyflow_r_sigmas"]
         logs = {
             "anyflow_loss": loss.detach(),
@@ -285,6 +305,8 @@ class AnyFlowDistiller:
             "anyflow_interval": (sigma - r).mean(),
             **own_logs,
         }
+        if self._guard.active:
+            logs["anyflow_skipped_steps"] = loss.detach().new_full((), float(self.skipped_steps))
         return loss, logs
 
     def training_step(
@@ -313,11 +335,17 @@ class AnyFlowDistiller:
         return {"target_mode": self.config.target_mode, "forward_mode": self.config.forward_mode}
 
     def on_save_checkpoint(self, step: int, directory: str | Path) -> None:
-        """Write the student, the position in the random streams and what the stage trains besides (the critic and its
-        optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all have to."""
+        """Write the student, the position in the random streams, the count of skipped steps and what the stage trains
+        besides (the critic and its optimizer) to ``directory``. One rank is enough to call it; with FSDP2 all
+        have to."""
         tensors, metadata = self._stage.state()
         tensors = on_disk(tensors)
-        metadata |= {"format": "anyflow_distiller", "step": str(step), "draws": str(self.streams.draws), **self._mode()}
+        counters = {"step": step, "draws": self.streams.draws, "skipped_steps": self.skipped_steps}
+        metadata |= {
+            "format": "anyflow_distiller",
+            **{key: str(count) for key, count in counters.items()},
+            **self._mode(),
+        }
         save_student(self.student.bare, directory, lycoris=self.lycoris)
         write_tensors({Path(directory) / STATE_FILE: (tensors, metadata)})
 
@@ -343,6 +371,7 @@ class AnyFlowDistiller:
         if scale != self.student.spec.time_scale:
             raise ValueError(f"the student was trained with timestep_scale={scale}, not {self.student.spec.time_scale}")
         self.streams.draws = int(metadata["draws"])
+        self._guard.skipped = int(metadata.get("skipped_steps", 0))
         load_state()
         return int(metadata["step"])
 

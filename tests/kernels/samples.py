@@ -14,6 +14,7 @@ from torch import Tensor
 
 import anyflow_kernels
 from anyflow_kernels import EmbedderWeights
+from benchmarks import measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = (
@@ -433,6 +434,16 @@ def check_against_oracle(sample: Sample) -> None:
         assert actual.dtype == sample.tensors[name].dtype, name
         spread = chance if actual.numel() == 1 else 0.0
         _close(f"gradient of {name}", actual, plain_gradients[name], exact_gradients[name], sample.terms, spread)
+
+
+def allocated_by_the_loss() -> int:
+    """Bytes that flowmap_loss takes for bfloat16 predictions of 128 KiB and differences in float32."""
+    sample = sample_inputs(
+        "flowmap_loss", "cpu", torch.float32, second_dtype=torch.bfloat16, size=(1, 1 << 16), times=(1,)
+    )
+    u = {name: sample.tensors[name].float() for name in ("u_plus", "u_minus")}
+    tensors = sample.replaced(**u).tensors
+    return measure.peak_bytes(lambda: sample.run(**tensors), "cpu")
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

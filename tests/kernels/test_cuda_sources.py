@@ -5,16 +5,17 @@ Their results are compared in the tests of the operators, as the backend "cuda o
 
 from __future__ import annotations
 
+import collections
 import re
 from typing import Any
 
 import cuda_on_host
 import pytest
 import torch
-from samples import check_against_oracle, outputs_and_gradients, sample_inputs
+from samples import allocated_by_the_loss, check_against_oracle, outputs_and_gradients, sample_inputs
 from torch import Tensor
 
-from benchmarks import inspect_cuda
+from benchmarks import inspect_cuda, measure
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TARGETS = (80, 90)
@@ -62,32 +63,48 @@ def test_registers_and_shared_memory(compiled: list[tuple[str, dict[str, Any]]])
 
 
 SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
+OF_A_FEW = ("sum_partials_kernel", "flowmap_loss_means_kernel", "dmd_gradient_normalisers_kernel")  # sums, that is
+COMBINATIONS = {  # of dtypes
+    **dict.fromkeys(("gate_blend_fwd", "gate_blend_bwd", "interval_inputs_fwd", "interval_inputs_bwd"), 10),
+    **dict.fromkeys(("rollout_step_fwd", "rollout_step_bwd"), 6),
+    **dict.fromkeys(("flowmap_loss_fwd", "dmd_gradient_sums"), 10),
+    **dict.fromkeys(("flowmap_loss_bwd", "dmd_gradient_fwd", "dmd_gradient_bwd"), 4),
+}
 
 
-def _arrays(name: str, first: int, second: int) -> tuple[list[int], list[int]]:
-    """Bytes of an element of each array that a kernel reads, and of each that it writes."""
-    wide = max(first, second, 4)
-    return {
-        "gate_blend_fwd_kernel": ([first, second], [first]),
-        "gate_blend_bwd_kernel": ([first, first, second], [first, second]),
-        "rollout_step_fwd_kernel": ([first, wide, second, second], [wide, wide, second]),
-        "rollout_step_bwd_kernel": ([wide, wide, second], [first, second, second]),
-    }[name]
+def _arrays(name: str, sizes: list[int]) -> tuple[list[int], list[int]]:
+    """Bytes of an element of each array that a kernel reads, and of each that it writes, by those of its types."""
+    first, last = sizes[0], sizes[-1]
+    wide = max(*sizes, 4)
+    arrays = {
+        "gate_blend_fwd": ([first, last], [first]),
+        "gate_blend_bwd": ([first, first, last], [first, last]),
+        "rollout_step_fwd": ([first, wide, last, last], [wide, wide, last]),
+        "rollout_step_bwd": ([wide, wide, last], [first, last, last]),
+        "interval_inputs_fwd": ([first, first], [wide, last, last, last]),
+        "interval_inputs_bwd": ([wide, last, last, last], [first, first]),
+        "flowmap_loss_fwd": ([first, *2 * sizes[1:]], [wide]),
+        "flowmap_loss_bwd": ([wide], [first]),
+        "dmd_gradient_sums": ([*sizes, last, last], [wide]),
+        "dmd_gradient_fwd": ([last, last, last], [wide]),
+        "dmd_gradient_bwd": ([wide], [first]),
+    }
+    return arrays[name.removesuffix("_kernel")]
 
 
 @needs_nvcc
 def test_elements_are_read_and_written_16_bytes_at_a_time(compiled: list[tuple[str, dict[str, Any]]]) -> None:
-    seen = 0
+    seen: collections.Counter[str] = collections.Counter()
     for name, used in compiled:
-        types = re.search(r"<(\w+), (\w+)>", name)
-        if "embedding" in name or types is None:
+        if "embedding" in name or _plain(name) in OF_A_FEW:
             continue
-        first, second = (SIZES[kind] for kind in types.groups())
-        elements = 16 // min(first, second)
-        for kind, sizes in zip(("loads", "stores"), _arrays(_plain(name), first, second), strict=True):
-            assert used[kind][16] == sum(elements * size // 16 for size in sizes), (name, kind, used)
-        seen += 1
-    assert seen == len(TARGETS) * (10 + 10 + 6 + 6)  # pairs of dtypes
+        sizes = [SIZES[kind] for kind in re.findall(r"\w+", name.split("<")[1].split(">")[0])]
+        loads, stores = _arrays(_plain(name), sizes)
+        elements = 16 // min(loads + stores)
+        for kind, each in (("loads", loads), ("stores", stores)):
+            assert used[kind][16] == sum(elements * size // 16 for size in each), (name, kind, used)
+        seen[_plain(name).removesuffix("_kernel")] += 1
+    assert seen == {name: len(TARGETS) * count for name, count in COMBINATIONS.items()}
 
 
 @needs_nvcc
@@ -113,9 +130,9 @@ def test_the_report_lists_every_launch() -> None:
         listed = {(e["case"], e["kernel"]) for e in entries if e["target"] == f"sm_{capability}"}
         assert listed == {(f"{case}, CUDA C++", kernel) for case, kernel in launches}
     for entry in entries:
-        # Elementwise operators move nothing twice; the embedding's backward reads the second layers twice, and the
-        # hidden units again and again.
-        limit = 1.6 if entry["operator_launches"] == 5 else 1.1 if "embedding" in entry["case"] else 1.002
+        # Elementwise operators move nothing twice, but for the scores of a sample that is the work of several blocks;
+        # the embedding's backward reads the second layers twice, and the hidden units again and again.
+        limit = {3: 1.376, 5: 1.6}.get(entry["operator_launches"], 1.1 if "embedding" in entry["case"] else 1.002)
         assert 1 <= entry["operator_moved_over_floor"] <= limit, entry
         assert entry["programs"] > 0 and sum(entry["loads"].values()) > 0
 
@@ -133,7 +150,12 @@ LARGER: dict[str, dict[str, Any]] = {  # several blocks of every kernel, and end
     "gate_blend": {"size": (3, 2011)},
     "rollout_step": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
     "flowmap_embedding": {"rows": (11,), "channels": 270, "hidden": (140, 85), "width": 77},
+    "interval_inputs": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
+    "flowmap_loss": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
+    "dmd_gradient": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
 }
+UNDER_TIMES = ("rollout_step", "interval_inputs", "flowmap_loss", "dmd_gradient")
+OF_SAMPLES = ("flowmap_loss", "dmd_gradient")
 
 
 @needs_compiler
@@ -160,9 +182,46 @@ def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
 @needs_compiler
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("size", [(3, 2, 5, 3), (2, 4, 50, 1)], ids=str)
-def test_rows_shorter_than_what_a_thread_takes(size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("operator", UNDER_TIMES)
+def test_rows_shorter_than_what_a_thread_takes(operator: str, size: tuple[int, ...]) -> None:
     for times in ((size[0], 1, size[2], 1), size):
-        check_against_oracle(sample_inputs("rollout_step", "cpu", F32, True, second_dtype=BF16, size=size, times=times))
+        check_against_oracle(sample_inputs(operator, "cpu", F32, True, second_dtype=BF16, size=size, times=times))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("size", [1, 8, 1023, 1024, 1025, 2047, 2048, 2049, 2056, 5000])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("operator", OF_SAMPLES)
+def test_samples_of_less_and_more_than_a_block(
+    operator: str, dtypes: tuple[torch.dtype, torch.dtype], size: int
+) -> None:
+    """A block takes 1024 elements of float32, 2048 of bfloat16; and what one sample has is nothing to the others."""
+    sample = sample_inputs(operator, "cpu", dtypes[0], True, second_dtype=dtypes[1], size=(3, size))
+    check_against_oracle(sample)
+    outputs, _ = outputs_and_gradients(sample, sample.run)
+    alone = sample.replaced(**{name: tensor[1:2].clone() for name, tensor in sample.tensors.items()})
+    for whole, part in zip(outputs, outputs_and_gradients(alone, alone.run)[0], strict=True):
+        assert torch.equal(whole[1:2], part)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+def test_differences_in_float32_cost_no_copy() -> None:
+    assert allocated_by_the_loss() < 2048  # two sums of each of 32 blocks, and the results
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize(("size", "scratch"), [(2048, 0), (2049, 3 * 2 * 2)], ids=str)
+@pytest.mark.parametrize("operator", OF_SAMPLES)
+def test_a_sample_that_a_block_has_for_itself_leaves_no_sums(operator: str, size: int, scratch: int) -> None:
+    """Nor, then, is there a launch that adds them up."""
+    sample = sample_inputs(operator, "cpu", F32, second_dtype=BF16, size=(3, size))
+    normalisers = 3 if operator == "dmd_gradient" and scratch else 0
+    results = sum(result.nbytes for result in sample.run(**sample.tensors))
+    allocated = measure.peak_bytes(lambda: sample.run(**sample.tensors), "cpu")
+    assert allocated == results + 4 * (scratch + normalisers)
 
 
 def _all(operator: str, dtypes: tuple[torch.dtype, torch.dtype], **shape: Any) -> list[Tensor]:

@@ -49,6 +49,14 @@ def test_result_and_gradients(backend: str, dtypes: tuple[torch.dtype, torch.dty
     check_against_oracle(sample_inputs("flowmap_loss", DEVICE, dtypes[0], True, second_dtype=dtypes[1], **variant))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("names", [("u_plus", "u_minus"), ("u_minus",), ("uncond_prediction",)], ids=str)
+def test_differences_of_another_dtype(backend: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Of forwards in float32, say, which lose nothing of the difference."""
+    sample = sample_inputs("flowmap_loss", DEVICE, F32, True, second_dtype=dtype)
+    check_against_oracle(sample.replaced(**{name: sample.tensors[name].float() for name in names}))
+
+
 def test_float64_is_float64(backend: str) -> None:
     sample = sample_inputs("flowmap_loss", DEVICE, F64, True)
     found, gradients = outputs_and_gradients(sample, sample.run)
@@ -116,6 +124,23 @@ def test_an_interval_of_zero_does_not_look_at_the_difference(backend: str, value
     for found, right in zip(_results(sample, **tensors), expected, strict=True):
         assert right.isfinite().all()
         assert torch.equal(found, right)
+
+
+def test_frames_with_an_interval_of_zero_do_not_look_at_the_difference(backend: str) -> None:
+    """Every other of frames that are shorter than a vector."""
+    sample = sample_inputs("flowmap_loss", DEVICE, F32, True, size=(2, 2, 7, 3), times=(2, 1, 7, 1))
+    tensors = {n: t.detach().clone() for n, t in sample.tensors.items()}
+    tensors["interval"][:, :, ::2] = 0.0
+    for name in ("u_plus", "u_minus"):
+        tensors[name][:, :, ::2] = 0.0
+    expected = _results(sample, **tensors)
+    for name in ("u_plus", "u_minus"):
+        tensors[name][:, :, ::2] = torch.nan
+    tensors["gap"][:, :, ::2] = 0.0
+    for found, right in zip(_results(sample, **tensors), expected, strict=True):
+        assert right.isfinite().all()
+        assert torch.equal(found, right)
+    check_against_oracle(sample.replaced(**{n: tensors[n].nan_to_num() for n in tensors if n != "gap"}))
 
 
 @pytest.mark.parametrize("name", ["prediction", "target_velocity", "uncond_prediction", "u_plus", "u_minus", "weight"])

@@ -59,6 +59,17 @@ def test_the_points_lie_on_the_straight_path(backend: str) -> None:
     torch.testing.assert_close(found.x_minus, found.x - eps * found.velocity, **tolerance)
 
 
+@pytest.mark.parametrize("name", ["sigma_plus", "sigma_minus"])
+def test_a_sigma_whose_input_has_no_gradient_is_not_looked_at(backend: str, name: str) -> None:
+    sample = sample_inputs("interval_inputs", DEVICE, F32, True)
+    latents = [sample.tensors["x0"], sample.tensors["noise"]]
+    x, *_ = sample.run(**sample.tensors)
+    expected = torch.autograd.grad(x.sum(), latents)
+    x, *_ = sample.run(**sample.replaced(**{name: torch.full((2,), torch.nan)}).tensors)
+    for found, right in zip(torch.autograd.grad(x.sum(), latents), expected, strict=True):
+        assert torch.equal(found, right)
+
+
 def test_without_a_difference_nothing_is_allocated_for_it(backend: str) -> None:
     x0, noise = torch.zeros(2, 3), torch.ones(2, 3)
     found = interval_inputs(x0, noise, torch.tensor([0.25, 0.5]))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from needs import needs_extension
-from samples import OPERATORS, Sample, outputs_and_gradients, sample_inputs
+from samples import OPERATORS, Sample, allocated_by_the_loss, outputs_and_gradients, sample_inputs
 
 import anyflow_kernels
 from anyflow_kernels import _library, _native
@@ -77,6 +77,12 @@ def test_threads_change_nothing(operator: str, dtypes: tuple[torch.dtype, torch.
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             assert torch.equal(found, expected)
+
+
+@needs_extension
+def test_differences_in_float32_cost_no_copy() -> None:
+    with anyflow_kernels.use_backend("native"):
+        assert allocated_by_the_loss() < 1024
 
 
 def _rowwise(sample: Sample) -> list[torch.Tensor]:

@@ -20,6 +20,10 @@ struct dim3 {
   dim3(int64_t x = 1, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_host {
@@ -38,6 +42,10 @@ void shuffle_xor(void* value, size_t size, int lanes);
 
 inline void __syncthreads() {
   cuda_on_host::block_barrier();
+}
+
+inline void __stwb(uint4* to, uint4 value) {
+  *to = value;
 }
 
 template <class T>
@@ -59,6 +67,8 @@ float cospif(float x);
 
 using std::exp;
 using std::exp2;
+using std::fabs;
+using std::memcpy;
 using std::rint;
 
 namespace anyflow::cuda {
