@@ -59,27 +59,30 @@ def test_an_untrained_student_is_the_unguided_teacher() -> None:
     assert rmse(student, sample_teacher(load_teacher(), noise, labels, 4, 1.0)) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "after"), [("online", 2), ("forward", 2), ("onpolicy", 2), ("full", 2), ("full", 4)])
-def test_a_resumed_run_is_the_same_to_the_bit(name: str, after: int, tmp_path: Path) -> None:
-    """The steps of "full", of which there are 6: 5 forward, 1 on-policy; resumed before the change."""
+@pytest.mark.parametrize(
+    ("name", "steps", "after"),
+    [("online", 6, 2), ("forward", 6, 2), ("onpolicy", 6, 2), ("full", 12, 2), ("full", 12, 10), ("full", 12, 11)],
+)
+def test_a_resumed_run_is_the_same_to_the_bit(name: str, steps: int, after: int, tmp_path: Path) -> None:
+    """Of the 12 steps of "full", 10 are of the forward stage: resumed within it, at the change, and after it."""
     data = load_digits()
-    whole = Distillation(small(name, 6), data)
-    for _ in range(6):
+    recipe = small(name, steps)
+    whole, first = Distillation(recipe, data), Distillation(recipe, data)
+    for _ in range(steps):
         whole.train_step()
-    first = Distillation(small(name, 6), data)
     for _ in range(after):
         first.train_step()
     first.save(tmp_path)
     torch.manual_seed(99)
-    second = Distillation(small(name, 6), data)
+    second = Distillation(recipe, data)
     assert second.load(tmp_path) and second.step == after
-    for _ in range(6 - after):
+    for _ in range(steps - after):
         second.train_step()
     for a, b in zip(whole.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(whole.average, second.average, strict=True):
         assert torch.equal(a, b)
-    other = Distillation(small(name, 5), data)
+    other = Distillation(small(name, steps - 1), data)
     assert not other.load(tmp_path)
     assert not other.load(tmp_path / "nothing")
 
@@ -98,7 +101,7 @@ def test_each_recipe_runs_and_is_listed(name: str, tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / name / "results.json").read_text())["recipe"] == name
     critics = [key for key in read(tmp_path / name / "student" / "anyflow_student.safetensors")[0] if "critic" in key]
     assert not critics
-    demo._print_all(tmp_path, 32)
+    demo._print_all(tmp_path, Recipe.guidance_scale, 32)
     assert f"{'fd':>6}{name:>12}" in capsys.readouterr().out.splitlines()
 
 
@@ -137,8 +140,12 @@ def test_interrupt_resume_and_second_run(tmp_path: Path) -> None:
     assert again.returncode == 0 and "is finished" in again.stdout and "teacher rmse" in again.stdout
 
 
-def test_bad_arguments() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--steps", "0"], "--steps must be at least 1"), (["--guidance", "0"], "--guidance must be above 0")],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "anyflow.demo", "--steps", "0"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "anyflow.demo", *arguments], capture_output=True, text=True, check=False
     )
-    assert result.returncode == 2 and "--steps must be at least 1" in result.stderr
+    assert result.returncode == 2 and message in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import signal
 import sys
@@ -43,14 +44,23 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, help="training steps (default: of the recipe, which all take equally long)"
     )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=Recipe.guidance_scale,
+        help=f"guidance scale of the teacher, 1 is none (default: {Recipe.guidance_scale})",
+    )
     parser.add_argument("--samples", type=int, default=1000, help="samples of the evaluation (default: 1000)")
     arguments = parser.parse_args()
     if (arguments.steps is not None and arguments.steps < 1) or arguments.samples < 32:
         parser.error("--steps must be at least 1, --samples at least 32")
+    if not 0.0 < arguments.guidance < math.inf:
+        parser.error("--guidance must be above 0")
     try:
         for name in RECIPES if arguments.recipe == "all" else [arguments.recipe]:
-            run(arguments.out / name, Recipe(name, arguments.steps), arguments.samples)
-        _print_all(arguments.out, arguments.samples)
+            recipe = Recipe(name, arguments.steps, guidance_scale=arguments.guidance)
+            run(arguments.out / name, recipe, arguments.samples)
+        _print_all(arguments.out, arguments.guidance, arguments.samples)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues from {arguments.out}", file=sys.stderr)
         return 130
@@ -98,6 +108,7 @@ def run(out: Path, recipe: Recipe, samples: int) -> dict[str, Any]:
     space = PCASpace.of(data.images)
     results = {
         "recipe": recipe.name,
+        "guidance_scale": recipe.guidance_scale,
         "steps": recipe.total_steps,
         "samples": samples,
         "teacher": {str(n): figures(teacher_images[str(n)], reference, space) for n in TEACHER_STEPS},
@@ -170,17 +181,16 @@ def _print_table(results: dict[str, Any]) -> None:
     print(f"{results['trainable_parameters']} trainable parameters; {seconds}")
 
 
-def _print_all(out: Path, samples: int) -> None:
+def _print_all(out: Path, guidance: float, samples: int) -> None:
     """The students of all recipes that are finished in ``out``, side by side."""
     files = [out / name / "results.json" for name in RECIPES]
-    results = [
-        found for file in files if file.exists() and (found := json.loads(file.read_text()))["samples"] == samples
-    ]
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    results = [one for one in found if (one["guidance_scale"], one["samples"]) == (guidance, samples)]
     for key in ("fd", "rmse"):
-        print(f"\n{key:>6}" + "".join(f"{found['recipe']:>12}" for found in results))
+        print(f"\n{key:>6}" + "".join(f"{one['recipe']:>12}" for one in results))
         for n in map(str, STUDENT_STEPS):
-            print(f"{n:>6}" + "".join(f"{found['student'][n][key]:>12.3f}" for found in results))
-    print("trained" + "".join(f"{found['seconds']['distillation']:>10} s" for found in results))
+            print(f"{n:>6}" + "".join(f"{one['student'][n][key]:>12.3f}" for one in results))
+    print("trained" + "".join(f"{one['seconds']['distillation']:>10} s" for one in results))
 
 
 if __name__ == "__main__":
