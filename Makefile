@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= runs/demo
+RECIPE ?= online
+GUIDANCE ?= 1.5
 STAMP := $(VENV)/.installed
 
 BENCH ?= runs/bench
@@ -51,7 +53,7 @@ inspect: install
 	$(RUN) benchmarks/inspect_kernels.py --out benchmarks/results
 
 demo: install
-	$(RUN) -m anyflow.demo --out $(OUT)
+	$(RUN) -m anyflow.demo --out $(OUT) --recipe $(RECIPE) --guidance $(GUIDANCE)
 
 clean:
 	rm -rf $(VENV) runs build anyflow_kernels/_C.* *.egg-info python/*.egg-info .ruff_cache .mypy_cache

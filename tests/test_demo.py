@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import anyflow.demo.__main__ as demo
+from anyflow.checkpoints import read
 from anyflow.demo.data import PCASpace, conditioning, load_digits, rmse, unconditional
-from anyflow.demo.distil import Distillation, Recipe
+from anyflow.demo.distil import RECIPES, Distillation, Recipe
 from anyflow.demo.evaluate import evaluation_inputs, sample_student, sample_teacher
 from anyflow.demo.teacher import load_teacher
 
-SMALL = Recipe(steps=4, batch_size=8)
+RECIPE_NAMES = list(RECIPES)
+
+
+def small(name: str, steps: int = 4) -> Recipe:
+    return Recipe(name, steps=steps, batch_size=8)
 
 
 def test_digits_and_conditioning() -> None:
@@ -53,27 +59,50 @@ def test_an_untrained_student_is_the_unguided_teacher() -> None:
     assert rmse(student, sample_teacher(load_teacher(), noise, labels, 4, 1.0)) < 1e-5
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps", "after"),
+    [("online", 6, 2), ("forward", 6, 2), ("onpolicy", 6, 2), ("full", 12, 2), ("full", 12, 10), ("full", 12, 11)],
+)
+def test_a_resumed_run_is_the_same_to_the_bit(name: str, steps: int, after: int, tmp_path: Path) -> None:
+    """Of the 12 steps of "full", 10 are of the forward stage: resumed within it, at the change, and after it."""
     data = load_digits()
-    whole = Distillation(SMALL, data)
-    for _ in range(4):
+    recipe = small(name, steps)
+    whole, first = Distillation(recipe, data), Distillation(recipe, data)
+    for _ in range(steps):
         whole.train_step()
-    first = Distillation(SMALL, data)
-    for _ in range(2):
+    for _ in range(after):
         first.train_step()
     first.save(tmp_path)
     torch.manual_seed(99)
-    second = Distillation(SMALL, data)
-    assert second.load(tmp_path) and second.step == 2
-    for _ in range(2):
+    second = Distillation(recipe, data)
+    assert second.load(tmp_path) and second.step == after
+    for _ in range(steps - after):
         second.train_step()
     for a, b in zip(whole.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(whole.average, second.average, strict=True):
         assert torch.equal(a, b)
-    other = Distillation(Recipe(steps=5, batch_size=8), data)
+    other = Distillation(small(name, steps - 1), data)
     assert not other.load(tmp_path)
     assert not other.load(tmp_path / "nothing")
+
+
+def test_steps_of_the_phases() -> None:
+    assert Recipe("full").phases == RECIPES["full"] and Recipe("online").total_steps == 760
+    for steps in (1, 2, 7, 100):
+        assert [mode for mode, _ in Recipe("full", steps).phases] == ["meanflow", "onpolicy"]
+        assert Recipe("full", steps).total_steps == steps
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_each_recipe_runs_and_is_listed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = demo.run(tmp_path / name, small(name), 32)
+    assert results["recipe"] == name and results["steps"] == 4
+    assert json.loads((tmp_path / name / "results.json").read_text())["recipe"] == name
+    critics = [key for key in read(tmp_path / name / "student" / "anyflow_student.safetensors")[0] if "critic" in key]
+    assert not critics
+    demo._print_all(tmp_path, Recipe.guidance_scale, 32)
+    assert f"{'fd':>6}{name:>12}" in capsys.readouterr().out.splitlines()
 
 
 def command(out: Path, steps: int) -> list[str]:
@@ -81,9 +110,10 @@ def command(out: Path, steps: int) -> list[str]:
 
 
 def test_interrupt_resume_and_second_run(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+    base = tmp_path / "demo"
+    out = base / "online"
     steps = 30
-    process = subprocess.Popen(command(out, steps), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(base, steps), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     assert process.stderr is not None
     while time.monotonic() < deadline:
@@ -94,7 +124,7 @@ def test_interrupt_resume_and_second_run(tmp_path: Path) -> None:
     assert process.returncode == 130 and "the same command continues" in error
     assert (out / "checkpoint").is_dir() and not (out / "results.json").exists()
 
-    finished = subprocess.run(command(out, steps), capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(command(base, steps), capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "continuing from step" in finished.stdout and "teacher rmse" in finished.stdout
     results = json.loads((out / "results.json").read_text())
@@ -106,12 +136,16 @@ def test_interrupt_resume_and_second_run(tmp_path: Path) -> None:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "student" / "anyflow_student.safetensors").exists()
 
-    again = subprocess.run(command(out, steps), capture_output=True, text=True, timeout=30, check=False)
+    again = subprocess.run(command(base, steps), capture_output=True, text=True, timeout=30, check=False)
     assert again.returncode == 0 and "is finished" in again.stdout and "teacher rmse" in again.stdout
 
 
-def test_bad_arguments() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--steps", "0"], "--steps must be at least 1"), (["--guidance", "0"], "--guidance must be above 0")],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "anyflow.demo", "--steps", "0"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "anyflow.demo", *arguments], capture_output=True, text=True, check=False
     )
-    assert result.returncode == 2 and "--steps must be at least 1" in result.stderr
+    assert result.returncode == 2 and message in result.stderr

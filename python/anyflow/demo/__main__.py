@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import signal
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from ..checkpoints import read, save_student, write_atomically
 from .data import PCASpace, load_digits
-from .distil import Distillation, Recipe
+from .distil import RECIPES, Distillation, Recipe
 from .evaluate import (
     REFERENCE_STEPS,
     STUDENT_STEPS,
@@ -37,15 +38,31 @@ RESUME_EVERY = 100  # steps between checkpoints
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m anyflow.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help=f"training steps (default: {Recipe.steps})")
+    parser.add_argument(
+        "--recipe", choices=[*RECIPES, "all"], default="online", help="training stages (default: online)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default: of the recipe, which all take equally long)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=Recipe.guidance_scale,
+        help=f"guidance scale of the teacher, 1 is none (default: {Recipe.guidance_scale})",
+    )
     parser.add_argument("--samples", type=int, default=1000, help="samples of the evaluation (default: 1000)")
     arguments = parser.parse_args()
-    if arguments.steps < 1 or arguments.samples < 32:
+    if (arguments.steps is not None and arguments.steps < 1) or arguments.samples < 32:
         parser.error("--steps must be at least 1, --samples at least 32")
+    if not 0.0 < arguments.guidance < math.inf:
+        parser.error("--guidance must be above 0")
     try:
-        run(arguments.out, Recipe(steps=arguments.steps), arguments.samples)
+        for name in RECIPES if arguments.recipe == "all" else [arguments.recipe]:
+            recipe = Recipe(name, arguments.steps, guidance_scale=arguments.guidance)
+            run(arguments.out / name, recipe, arguments.samples)
+        _print_all(arguments.out, arguments.guidance, arguments.samples)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command continues from {arguments.out / 'checkpoint'}", file=sys.stderr)
+        print(f"\ninterrupted; the same command continues from {arguments.out}", file=sys.stderr)
         return 130
     return 0
 
@@ -64,7 +81,7 @@ def run(out: Path, recipe: Recipe, samples: int) -> dict[str, Any]:
 
     # The teacher is sampled in a process of its own beside the training: these are small networks, of which one more
     # process makes better use of the cores than more threads do.
-    teacher_file = out / "teacher_samples.safetensors"
+    teacher_file = out.parent / "teacher_samples.safetensors"  # the same for every recipe
     sampling = multiprocessing.get_context("spawn").Process(
         target=write_teacher_samples, args=(teacher_file, recipe.guidance_scale, samples), daemon=True
     )
@@ -90,6 +107,10 @@ def run(out: Path, recipe: Recipe, samples: int) -> dict[str, Any]:
 
     space = PCASpace.of(data.images)
     results = {
+        "recipe": recipe.name,
+        "guidance_scale": recipe.guidance_scale,
+        "steps": recipe.total_steps,
+        "samples": samples,
         "teacher": {str(n): figures(teacher_images[str(n)], reference, space) for n in TEACHER_STEPS},
         "student": {n: figures(images, reference, space) for n, images in student_images.items()},
         "seconds": seconds,
@@ -109,7 +130,7 @@ def _distil(distillation: Distillation, checkpoint: Path) -> None:
     """Train to the end; a checkpoint every so often, and on Ctrl-C before the interrupt goes on."""
     if distillation.load(checkpoint):
         print(f"continuing from step {distillation.step}")
-    total = distillation.recipe.steps
+    total = distillation.recipe.total_steps
     with (
         _interrupt_noted() as interrupted,
         tqdm(total=total, initial=distillation.step, desc="distillation", unit="step") as progress,
@@ -158,6 +179,18 @@ def _print_table(results: dict[str, Any]) -> None:
         print(f"{steps:>6}{cells[0]:>14}{cells[1]:>14}{cells[2]:>13}{cells[3]:>13}")
     seconds = ", ".join(f"{name} {value} s" for name, value in results["seconds"].items())
     print(f"{results['trainable_parameters']} trainable parameters; {seconds}")
+
+
+def _print_all(out: Path, guidance: float, samples: int) -> None:
+    """The students of all recipes that are finished in ``out``, side by side."""
+    files = [out / name / "results.json" for name in RECIPES]
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    results = [one for one in found if (one["guidance_scale"], one["samples"]) == (guidance, samples)]
+    for key in ("fd", "rmse"):
+        print(f"\n{key:>6}" + "".join(f"{one['recipe']:>12}" for one in results))
+        for n in map(str, STUDENT_STEPS):
+            print(f"{n:>6}" + "".join(f"{one['student'][n][key]:>12.3f}" for one in results))
+    print("trained" + "".join(f"{one['seconds']['distillation']:>10} s" for one in results))
 
 
 if __name__ == "__main__":

@@ -24,24 +24,40 @@ TRAINER_FILE = "trainer.safetensors"
 PATH_STATE = ("x", "sigmas", "labels")
 FINISHED = 0.02  # in sigma: below it a path has arrived
 LONGEST_R = 0.98  # of t: an interval has a length
-LORA_TARGETS = (
-    r".*attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+LORA_TARGETS = (  # the last block has no output for its text, so nothing depends on that query
+    r"(?!transformer_blocks\.3\.attn\.add_q_proj).*attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|.*ff(_context)?\.net\.(0\.proj|2)"
     r"|.*norm1(_context)?\.linear|norm_out\.linear|proj_out"
     r"|time_text_embed\.timestep_embedder\.linear_[12]"
 )
 
 
+# The target mode of each phase of a recipe, and its steps. Without guidance a step of "meanflow" takes 0.79 of the time
+# of one of "online_teacher", one of "onpolicy" 2.35 times it: so all recipes train for about as long.
+RECIPES: dict[str, tuple[tuple[str, int], ...]] = {
+    "online": (("online_teacher", 760),),
+    "forward": (("meanflow", 950),),
+    "onpolicy": (("onpolicy", 320),),
+    "full": (("meanflow", 530), ("onpolicy", 140)),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One distillation.
+    """One distillation: ``name`` is of ``RECIPES``, ``steps`` None takes what that says; otherwise its phases share
+    ``steps`` in the same ratio.
 
-    Steps alternate: a long one over intervals of any length, from noise for a ``noise_share`` of the rows and down to
-    r = 0 for a ``zero_share`` of them, and a short one over intervals of at most ``short_interval`` in sigma, where the
-    teacher needs fewer Euler steps and errors, which many-step sampling adds up, weigh ``short_weight`` times as much.
+    online: steps alternate: a long one over intervals of any length, from noise for a ``noise_share`` of the rows and
+    down to r = 0 for a ``zero_share`` of them, and a short one over intervals of at most ``short_interval`` in sigma,
+    where the teacher needs fewer Euler steps and errors, which many-step sampling adds up, weigh ``short_weight`` times
+    as much.
+    forward: the forward stage, from the digits alone. onpolicy: distribution matching beside the forward loss, from
+    the untrained student, on its samples of ``simulation_steps``: mostly of one step, of which there is most to learn.
+    full: the forward stage, then the on-policy stage.
     """
 
-    steps: int = 760
+    name: str = "online"
+    steps: int | None = None
     batch_size: int = 64
     learning_rate: float = 3e-3
     lora_rank: int = 64
@@ -53,7 +69,28 @@ class Recipe:
     short_weight: float = 2.0
     noise_share: float = 0.6
     zero_share: float = 0.15
+    diffusion_ratio: float = 0.3
+    consistency_ratio: float = 0.3
+    simulation_steps: tuple[int, ...] = (1, 1, 2)
+    onpolicy_learning_rate: float = 7e-4
+    critic_learning_rate: float = 2e-3
+    dmd_weight: float = 0.5
     seed: int = 0
+
+    @property
+    def phases(self) -> tuple[tuple[str, int], ...]:
+        """(target mode, steps)"""
+        given = RECIPES[self.name]
+        if self.steps is None:
+            return given
+        last = [
+            round(self.steps * sum(n for _, n in given[: i + 1]) / sum(n for _, n in given)) for i in range(len(given))
+        ]
+        return tuple((mode, end - start) for (mode, _), start, end in zip(given, [0, *last], last, strict=False))
+
+    @property
+    def total_steps(self) -> int:
+        return sum(steps for _, steps in self.phases)
 
 
 def build_student(recipe: Recipe) -> SD3Transformer2DModel:
@@ -73,22 +110,10 @@ class Distillation:
     def __init__(self, recipe: Recipe, data: Digits) -> None:
         self.recipe, self.data = recipe, data
         self.student = build_student(recipe)
-        self.distiller, self.short_distiller = (
-            anyflow.AnyFlowDistiller(
-                self.student,
-                config={
-                    "target_mode": "online_teacher",
-                    "teacher_rollout_steps": rollout_steps,
-                    "teacher_guidance_scale": recipe.guidance_scale,
-                    "loss_weight": weight,
-                },
-            )
-            for rollout_steps, weight in (
-                (recipe.rollout_steps, 1.0),
-                (recipe.short_rollout_steps, recipe.short_weight),
-            )
-        )
-        self.named = self.distiller.trainable_parameters()
+        self.distillers = {mode: self._distiller(mode) for mode, _ in recipe.phases}
+        if recipe.name == "online":
+            self.distillers["short"] = self._distiller("short")
+        self.named = next(iter(self.distillers.values())).trainable_parameters()
         self.parameters = [parameter for _, parameter in self.named]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
@@ -101,7 +126,57 @@ class Distillation:
         self.sigmas = torch.zeros(recipe.batch_size)
         self.labels = torch.zeros(recipe.batch_size, dtype=torch.long)
 
-    def batch(self, short: bool) -> dict[str, Any]:
+    def _distiller(self, mode: str) -> anyflow.AnyFlowDistiller:
+        recipe = self.recipe
+        config: dict[str, Any] = {"target_mode": "online_teacher" if mode == "short" else mode}
+        if mode in ("online_teacher", "short"):
+            config |= {
+                "teacher_rollout_steps": recipe.short_rollout_steps if mode == "short" else recipe.rollout_steps,
+                "teacher_guidance_scale": recipe.guidance_scale,
+                "loss_weight": recipe.short_weight if mode == "short" else 1.0,
+            }
+        else:
+            config |= {
+                "schedule_shift": 1.0,
+                "diffusion_ratio": recipe.diffusion_ratio,
+                "consistency_ratio": recipe.consistency_ratio,
+                "fuse_guidance_scale": recipe.guidance_scale,
+                "meanflow_weight_type": "uniform",  # the others have no weight at sigma 1, where one step starts
+                "seed": recipe.seed,
+            }
+        if mode == "onpolicy":
+            config |= {
+                "real_guidance_scale": recipe.guidance_scale,
+                "simulation_steps": recipe.simulation_steps,
+                "dmd_weight": recipe.dmd_weight,
+                "critic_learning_rate": recipe.critic_learning_rate,
+                "critic_betas": (0.5, 0.99),
+            }
+        return anyflow.AnyFlowDistiller(self.student, config=config)
+
+    @property
+    def phase(self) -> tuple[str, int, int]:
+        """Of the next step: the target mode, the phase's first step, and its steps. Of the last phase at the end."""
+        first, (mode, steps) = 0, self.recipe.phases[0]
+        for mode_after, steps_after in self.recipe.phases[1:]:
+            if self.step < first + steps:
+                break
+            first, mode, steps = first + steps, mode_after, steps_after
+        return mode, first, steps
+
+    def data_batch(self) -> dict[str, Any]:
+        """Digits, their noises and labels."""
+        size = self.recipe.batch_size
+        index = torch.randint(len(self.data.images), (size,), generator=self.generator)
+        labels = self.data.labels[index]
+        return {
+            "latents": self.data.images[index],
+            "noise": torch.randn(size, 1, 8, 8, generator=self.generator),
+            "conditioning": conditioning(labels),
+            "negative_conditioning": unconditional(labels),
+        }
+
+    def path_batch(self, short: bool) -> dict[str, Any]:
         """The teacher's own paths: each row goes on from where the last target took it, or starts again from noise."""
         size, generator = self.recipe.batch_size, self.generator
         noise = torch.randn(size, 1, 8, 8, generator=generator)
@@ -127,14 +202,17 @@ class Distillation:
         }
 
     def train_step(self) -> float:
-        progress = self.step / self.recipe.steps
-        rate = self.recipe.learning_rate * min(1.0, (self.step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        mode, first, steps = self.phase
+        done = self.step - first
+        peak = self.recipe.onpolicy_learning_rate if mode == "onpolicy" else self.recipe.learning_rate
+        rate = peak * min(1.0, (done + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done / steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.student.train()
-        short = self.step % 2 == 1
-        distiller = self.short_distiller if short else self.distiller
-        batch = distiller.prepare_batch(self.batch(short))
+        online = mode == "online_teacher"
+        short = online and self.step % 2 == 1
+        distiller = self.distillers["short" if short else mode]
+        batch = distiller.prepare_batch(self.path_batch(short) if online else self.data_batch(), self.student)
         velocity = self.student(
             batch["noisy_latents"],
             timestep=batch["timesteps"],
@@ -147,9 +225,9 @@ class Distillation:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # x_r = x_t - (t - r) u: the target itself says where the teacher's path goes on.
-        self.x = self.x - batch["anyflow_timestep_interval"].view(-1, 1, 1, 1) * batch["target"]
-        self.sigmas = batch["anyflow_r_sigmas"]
+        if online:  # x_r = x_t - (t - r) u: the target itself says where the teacher's path goes on.
+            self.x = self.x - batch["anyflow_timestep_interval"].view(-1, 1, 1, 1) * batch["target"]
+            self.sigmas = batch["anyflow_r_sigmas"]
         self.step += 1
         decay = min(0.99, self.step / (self.step + 10))
         for kept, parameter in zip(self.average, self.parameters, strict=True):
@@ -164,8 +242,8 @@ class Distillation:
         return self.student.eval()
 
     def save(self, directory: Path) -> None:
-        """The student through the distiller, then the optimizer, the average and the data stream; no pickle."""
-        self.distiller.on_save_checkpoint(self.step, directory)
+        """What the phase's distiller holds (student, critic), the optimizer, average and data stream; no pickle."""
+        self.distillers[self.phase[0]].on_save_checkpoint(self.step, directory)
         tensors: dict[str, Tensor] = {key: getattr(self, key) for key in PATH_STATE}
         tensors["generator"] = self.generator.get_state()
         for (name, parameter), kept in zip(self.named, self.average, strict=True):
@@ -184,7 +262,8 @@ class Distillation:
         _, student_metadata = read(directory / STATE_FILE)
         if metadata.get("recipe") != repr(self.recipe) or student_metadata.get("step") != metadata["step"]:
             return False
-        self.step = self.distiller.on_load_checkpoint(directory)
+        self.step = int(metadata["step"])
+        self.distillers[self.phase[0]].on_load_checkpoint(directory)
         self.generator.set_state(tensors["generator"])
         for key in PATH_STATE:
             setattr(self, key, tensors[key])
