@@ -67,6 +67,11 @@ inline Tensor ready(const Tensor& tensor, ScalarType dtype) {
   return converted.is_contiguous() ? converted : converted.contiguous();
 }
 
+// Undefined where it is absent.
+inline Tensor ready_if_given(const OptionalTensor& tensor, ScalarType dtype) {
+  return tensor ? ready(*tensor, dtype) : Tensor();
+}
+
 inline Tensor empty(at::IntArrayRef shape, ScalarType dtype, const Tensor& like) {
   return at::empty(shape, like.options().dtype(dtype));
 }
@@ -276,6 +281,11 @@ void for_chunks(int64_t size, F&& f) {
   });
 }
 
-constexpr int64_t STREAM_FROM = int64_t(48) << 20; // bytes read and written
+// Whether stores go past the caches, for so many elements by the bytes of each that are read and written, and that the
+// widest result has: where all of it is more than caches hold. But glibc takes new pages for an array of 32 MiB or more,
+// whatever was freed before, and these the kernel has just zeroed: they are in the caches.
+inline bool past_caches(int64_t numel, int64_t moved, int64_t widest) {
+  return numel * moved > int64_t(48) << 20 && numel * widest < int64_t(32) << 20;
+}
 
 } // namespace anyflow

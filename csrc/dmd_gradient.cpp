@@ -63,7 +63,7 @@ struct Forward {
       loss.data_ptr<Acc>()[sample] = usable ? size / 2 : Acc(0);
     }
 
-    const bool stream = x.numel() * int64_t(sizeof(Acc) + 3 * sizeof(V)) > STREAM_FROM;
+    const bool stream = past_caches(x.numel(), sizeof(Acc) + 3 * sizeof(V), sizeof(Acc));
     samples.for_chunks([&](int64_t sample, int64_t, int64_t begin, int64_t end) {
       const bool usable = normalisers[sample] > 0;
       const Lanes<Acc> normaliser(normalisers[sample]);
@@ -84,7 +84,7 @@ void backward(Tensor& grad_x, const Tensor& grad_loss, const Tensor& gradient) {
   const Acc* const from = gradient.const_data_ptr<Acc>();
   X* const out = grad_x.data_ptr<X>();
   const Samples samples(gradient.sizes());
-  const bool stream = gradient.numel() * int64_t(sizeof(Acc) + sizeof(X)) > STREAM_FROM;
+  const bool stream = past_caches(gradient.numel(), sizeof(Acc) + sizeof(X), sizeof(X));
   samples.for_chunks([&](int64_t sample, int64_t, int64_t begin, int64_t end) {
     const Lanes<Acc> factor(upstream[sample] / static_cast<Acc>(samples.size));
     const Output<X> to(out + begin, stream);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> dmd_gradient(
   kernel.x_sigma = ready(x_sigma, noised);
   kernel.real = ready(real_velocity, model);
   kernel.fake = ready(fake_velocity, model);
-  kernel.uncond = uncond_real_velocity ? ready(*uncond_real_velocity, model) : Tensor();
+  kernel.uncond = ready_if_given(uncond_real_velocity, model);
   const Times<1> sigmas(x.sizes(), {sigma}, accumulate);
   with_dtype(model, [&]<class V>(V) {
     using Acc = Accumulator<V>;

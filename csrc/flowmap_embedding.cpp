@@ -139,15 +139,14 @@ struct Layer {
       const Acc* const from = a.const_data_ptr<Acc>();
       T* const dw = grad_weight.data_ptr<T>();
       T* const db = data_or_null<T>(grad_bias);
-      const bool stream = grad_weight.nbytes() > size_t(STREAM_FROM);
       constexpr int64_t columns = 4;
       for_parallel((outs + columns - 1) / columns, columns * rows * width, [&](int64_t block) {
         const int64_t n = block * columns;
         if (n + columns <= outs) {
-          outer_rows<columns>(dw + n * width, g + n, from, rows, outs, width, stream);
+          outer_rows<columns>(dw + n * width, g + n, from, rows, outs, width);
         } else {
           for (int64_t last = n; last < outs; ++last) {
-            outer_rows<1>(dw + last * width, g + last, from, rows, outs, width, stream);
+            outer_rows<1>(dw + last * width, g + last, from, rows, outs, width);
           }
         }
         for (int64_t i = n; db && i < std::min(n + columns, outs); ++i) {
@@ -157,7 +156,6 @@ struct Layer {
           }
           db[i] = static_cast<T>(total);
         }
-        drain_streams();
       });
     });
     return {grad_weight, grad_bias};
@@ -182,7 +180,7 @@ struct Layer {
 
   // out[n, :] = sum over m of g[m, n] a[m, :], for COLUMNS values of n
   template <int COLUMNS, class Acc, class T>
-  static void outer_rows(T* out, const Acc* g, const Acc* a, int64_t rows, int64_t outs, int64_t width, bool stream) {
+  static void outer_rows(T* out, const Acc* g, const Acc* a, int64_t rows, int64_t outs, int64_t width) {
     for_lanes<Acc>(width, [&](int64_t k, auto count) {
       Lanes<Acc> total[COLUMNS];
       std::fill_n(total, COLUMNS, Lanes<Acc>(Acc(0)));
@@ -193,7 +191,7 @@ struct Layer {
         }
       }
       for (int n = 0; n < COLUMNS; ++n) {
-        store_lanes(total[n], Output<T>(out + n * width, stream), k, count);
+        store_lanes(total[n], Output<T>(out + n * width, false), k, count);
       }
     });
   }
@@ -268,7 +266,7 @@ struct Embedder {
 
   static Layer layer(const Tensor& weight, const OptionalTensor& bias, ScalarType accumulate) {
     const ScalarType storage = storage_dtype(weight.scalar_type(), accumulate);
-    return {ready(weight, storage), bias ? ready(*bias, storage) : Tensor()};
+    return {ready(weight, storage), ready_if_given(bias, storage)};
   }
 
   Tensor features(const Sinusoid& sinusoid, const Tensor& times) const {

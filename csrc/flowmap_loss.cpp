@@ -41,7 +41,7 @@ struct Forward {
     const Samples samples(prediction.sizes());
     std::vector<Acc> sums(samples.count * samples.chunks), weighted(samples.count * samples.chunks);
     constexpr int64_t bytes = sizeof(Acc) + sizeof(V) + 2 * sizeof(P) + 2 * sizeof(D);
-    const bool stream = residual_out && prediction.numel() * bytes > STREAM_FROM;
+    const bool stream = residual_out && past_caches(prediction.numel(), bytes, sizeof(Acc));
     samples.for_chunks([&](int64_t, int64_t chunk, int64_t begin, int64_t end) {
       Lanes<Acc> total(Acc(0)), total_weighted(Acc(0));
       times.for_rows(data, begin, end, prepare, [&](int64_t at, int64_t size, auto at_times) {
@@ -91,7 +91,7 @@ struct Backward {
     P* const out = grad_prediction.data_ptr<P>();
     const Samples samples(residual.sizes());
     const Acc factor = static_cast<Acc>(2.0 * double(sign) / guidance / double(std::max<int64_t>(1, samples.size)));
-    const bool stream = residual.numel() * int64_t(sizeof(Acc) + sizeof(P)) > STREAM_FROM;
+    const bool stream = past_caches(residual.numel(), sizeof(Acc) + sizeof(P), sizeof(P));
     samples.for_chunks([&](int64_t sample, int64_t, int64_t begin, int64_t end) {
       const Lanes<Acc> of_weight(of_loss ? factor * of_loss[sample] : Acc(0));
       const Lanes<Acc> rest(of_unweighted ? factor * of_unweighted[sample] : Acc(0));
@@ -131,9 +131,9 @@ std::tuple<Tensor, Tensor, Tensor> flowmap_loss(
   }
   kernel.prediction = ready(prediction, model);
   kernel.target = ready(target_velocity, velocity);
-  kernel.uncond = uncond_prediction ? ready(*uncond_prediction, model) : Tensor();
-  kernel.u_plus = u_plus ? ready(*u_plus, difference) : Tensor();
-  kernel.u_minus = u_minus ? ready(*u_minus, difference) : Tensor();
+  kernel.uncond = ready_if_given(uncond_prediction, model);
+  kernel.u_plus = ready_if_given(u_plus, difference);
+  kernel.u_minus = ready_if_given(u_minus, difference);
   const Times<3> times(prediction.sizes(), {interval.value_or(weight), gap.value_or(weight), weight}, accumulate);
   with_dtype(model, [&]<class P>(P) {
     using Acc = Accumulator<P>;
@@ -158,8 +158,8 @@ Tensor flowmap_loss_backward(
   const ScalarType model = storage_dtype(dtype, accumulate);
   Backward kernel;
   kernel.grad_prediction = empty(residual.sizes(), model, residual);
-  kernel.grad_loss = grad_loss ? ready(*grad_loss, accumulate) : Tensor();
-  kernel.grad_unweighted = grad_unweighted ? ready(*grad_unweighted, accumulate) : Tensor();
+  kernel.grad_loss = ready_if_given(grad_loss, accumulate);
+  kernel.grad_unweighted = ready_if_given(grad_unweighted, accumulate);
   kernel.residual = ready(residual, accumulate);
   with_dtype(model, [&]<class P>(P) {
     kernel.run<P>(Times<1>(residual.sizes(), {weight}, accumulate), guidance_scale, sign);

@@ -31,7 +31,7 @@ struct Forward {
     const V* const v_in = velocity.const_data_ptr<V>();
     const V* const u_in = const_data_or_null<V>(uncond);
     const Lanes<Acc> scale(static_cast<Acc>(guidance)), direction(static_cast<Acc>(sign));
-    const bool stream = new_average.numel() * int64_t(3 * sizeof(Acc) + sizeof(X) + 3 * sizeof(V)) > STREAM_FROM;
+    const bool stream = past_caches(new_average.numel(), 3 * sizeof(Acc) + sizeof(X) + 3 * sizeof(V), sizeof(Acc));
     for_chunks(new_average.numel(), [&](int64_t begin, int64_t end) {
       times.for_rows(time, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const auto to_x = output_at(x_out, at, stream);
@@ -75,7 +75,8 @@ struct Backward {
     const V* const gi = const_data_or_null<V>(grad_input);
     const Lanes<Acc> direction(static_cast<Acc>(sign));
     const Lanes<Acc> scale(static_cast<Acc>(du_out ? guidance : 1.0)), rest(static_cast<Acc>(1.0 - guidance));
-    const bool stream = grad_velocity.numel() * int64_t(2 * sizeof(Acc) + sizeof(X) + 3 * sizeof(V)) > STREAM_FROM;
+    const bool stream =
+        past_caches(grad_velocity.numel(), 2 * sizeof(Acc) + sizeof(X) + 3 * sizeof(V), std::max(sizeof(X), sizeof(V)));
     for_chunks(grad_velocity.numel(), [&](int64_t begin, int64_t end) {
       times.for_rows(time, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const auto to_x = output_at(dx_out, at, stream);
@@ -142,12 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
   Forward kernel;
   kernel.new_average = empty(x.sizes(), accumulate, x);
   kernel.velocity = ready(velocity, model);
-  if (average) {
-    kernel.average = ready(*average, accumulate);
-  }
-  if (uncond_velocity) {
-    kernel.uncond = ready(*uncond_velocity, model);
-  }
+  kernel.average = ready_if_given(average, accumulate);
+  kernel.uncond = ready_if_given(uncond_velocity, model);
   if (!last) {
     kernel.new_x = empty(x.sizes(), accumulate, x);
     kernel.x = ready(x, state);
@@ -190,15 +187,9 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
   if (uncond_velocity) {
     kernel.grad_uncond = empty(velocity.sizes(), model, velocity);
   }
-  if (grad_x) {
-    kernel.grad_x = ready(*grad_x, accumulate);
-  }
-  if (grad_average) {
-    kernel.grad_average = ready(*grad_average, accumulate);
-  }
-  if (grad_input) {
-    kernel.grad_input = ready(*grad_input, model);
-  }
+  kernel.grad_x = ready_if_given(grad_x, accumulate);
+  kernel.grad_average = ready_if_given(grad_average, accumulate);
+  kernel.grad_input = ready_if_given(grad_input, model);
   run(kernel, state, model, StepTimes(velocity.sizes(), {sigma, sigma_next, weight}, accumulate), guidance_scale, sign);
   return {
       cast(kernel.grad_x_out, x_dtype),

@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rollout_step(
   }
 
   const Tensor v = ready(velocity, model);
-  const Tensor u = uncond_velocity ? ready(*uncond_velocity, model) : Tensor();
-  const Tensor average_in = average ? ready(*average, accumulate) : Tensor();
+  const Tensor u = ready_if_given(uncond_velocity, model);
+  const Tensor average_in = ready_if_given(average, accumulate);
   const Tensor x_in = last ? Tensor() : ready(x, state);
   const Tensor next_times = sigma_next.contiguous();
   const Tiling<3> tiling(x.sizes(), {sigma, sigma_next, weight}, accumulate);
@@ -97,9 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> rollout_step_backward(
   Tensor dv = empty(velocity.sizes(), model, velocity);
   Tensor du = uncond_velocity ? empty(velocity.sizes(), model, velocity) : velocity.new_empty({0});
   if (velocity.numel() > 0) {
-    const Tensor gx = grad_x ? ready(*grad_x, accumulate) : Tensor();
-    const Tensor ga = grad_average ? ready(*grad_average, accumulate) : Tensor();
-    const Tensor gi = grad_input ? ready(*grad_input, model) : Tensor();
+    const Tensor gx = ready_if_given(grad_x, accumulate);
+    const Tensor ga = ready_if_given(grad_average, accumulate);
+    const Tensor gi = ready_if_given(grad_input, model);
     const Tiling<3> tiling(velocity.sizes(), {sigma, sigma_next, weight}, accumulate);
     launch_rollout_step_backward(
         {times_of(tiling), guidance_scale, sign, velocity.numel(), state, model, velocity.device().index()},

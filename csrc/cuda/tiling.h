@@ -19,17 +19,9 @@ inline void* mutable_data_of(const Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
-// Undefined where it is absent.
-inline Tensor ready_if_given(const OptionalTensor& tensor, ScalarType dtype) {
-  return tensor ? ready(*tensor, dtype) : Tensor();
-}
-
 inline Samples samples_of(at::IntArrayRef shape) {
-  int64_t size = 1;
-  for (const int64_t length : shape.slice(1)) {
-    size *= length;
-  }
-  return {shape[0], size};
+  const anyflow::Samples samples(shape);
+  return {samples.count, samples.size};
 }
 
 // None when the times do not vary as (outer, broadcast, frames, broadcast).

@@ -95,9 +95,10 @@ def _rowwise(sample: Sample) -> list[torch.Tensor]:
 
 @needs_extension
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "flowmap_embedding"])
-@pytest.mark.parametrize("width", [1 << 20, (1 << 20) + 3])
+@pytest.mark.parametrize("width", [900_000, 900_003, 1 << 20, (1 << 20) + 3])
 def test_results_written_past_the_caches_are_the_same(operator: str, width: int) -> None:
-    """Arrays beyond the size from which stores bypass the caches, at aligned and at unaligned rows."""
+    """Arrays of the sizes at which stores bypass the caches, at aligned and at unaligned rows: more than 48 MiB of
+    traffic, less than 32 MiB of results, float32 (the smaller sizes) or bfloat16 (the larger, as float32 no more)."""
     shape: dict[str, Any] = {"size": (9, width)} | ({} if operator == "gate_blend" else {"times": (9,)})
     large = sample_inputs(operator, "cpu", F32, True, second_dtype=BF16, **shape)
     found = _rowwise(large)
