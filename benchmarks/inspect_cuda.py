@@ -76,12 +76,9 @@ def _rollout_step(size: int = WAN_LATENTS) -> list[Case]:
 def _interval_inputs(size: int = WAN_LATENTS) -> list[Case]:
     """Three points, everything in bfloat16 but the velocity; one time."""
     blocks = _blocks(size, BLOCK * ELEMENTS)
-    forward, backward = (5 * BF16 + FP32) * size + 3 * FP32, (5 * BF16 + FP32) * size + 3 * FP32
-    types = "<BFloat16, BFloat16>"
-    return [
-        Case((("interval_inputs_fwd_kernel" + types, blocks, BLOCK),), forward, forward),
-        Case((("interval_inputs_bwd_kernel" + types, blocks, BLOCK),), backward, backward),
-    ]
+    moved = (5 * BF16 + FP32) * size + 3 * FP32  # what the forward pass reads the backward writes, and the reverse
+    names = ("interval_inputs_fwd_kernel<BFloat16, BFloat16>", "interval_inputs_bwd_kernel<BFloat16, BFloat16>")
+    return [Case(((name, blocks, BLOCK),), moved, moved) for name in names]
 
 
 def _flowmap_loss(samples: int = 1, size: int = WAN_LATENTS) -> list[Case]:

@@ -146,15 +146,12 @@ def on_host() -> Any:
         yield
 
 
+UNDER_TIMES = ("rollout_step", "interval_inputs", "flowmap_loss", "dmd_gradient")
 LARGER: dict[str, dict[str, Any]] = {  # several blocks of every kernel, and ends that fill none
     "gate_blend": {"size": (3, 2011)},
-    "rollout_step": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
     "flowmap_embedding": {"rows": (11,), "channels": 270, "hidden": (140, 85), "width": 77},
-    "interval_inputs": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
-    "flowmap_loss": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
-    "dmd_gradient": {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)},
+    **{operator: {"size": (3, 2, 7, 203), "times": (3, 1, 7, 1)} for operator in UNDER_TIMES},
 }
-UNDER_TIMES = ("rollout_step", "interval_inputs", "flowmap_loss", "dmd_gradient")
 OF_SAMPLES = ("flowmap_loss", "dmd_gradient")
 
 

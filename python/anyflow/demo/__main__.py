@@ -41,9 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--recipe", choices=[*RECIPES, "all"], default="online", help="training stages (default: online)"
     )
-    parser.add_argument(
-        "--steps", type=int, help="training steps (default: of the recipe, which all take equally long)"
-    )
+    parser.add_argument("--steps", type=int, help="training steps (default: those of the recipe)")
     parser.add_argument(
         "--guidance",
         type=float,
@@ -182,15 +180,17 @@ def _print_table(results: dict[str, Any]) -> None:
 
 
 def _print_all(out: Path, guidance: float, samples: int) -> None:
-    """The students of all recipes that are finished in ``out``, side by side."""
+    """The students of all recipes that are finished in ``out``, side by side; nothing where there is only one."""
     files = [out / name / "results.json" for name in RECIPES]
     found = [json.loads(file.read_text()) for file in files if file.exists()]
     results = [one for one in found if (one["guidance_scale"], one["samples"]) == (guidance, samples)]
+    if len(results) < 2:
+        return
     for key in ("fd", "rmse"):
-        print(f"\n{key:>6}" + "".join(f"{one['recipe']:>12}" for one in results))
+        print(f"\n{key:>8}" + "".join(f"{one['recipe']:>12}" for one in results))
         for n in map(str, STUDENT_STEPS):
-            print(f"{n:>6}" + "".join(f"{one['student'][n][key]:>12.3f}" for one in results))
-    print("trained" + "".join(f"{one['seconds']['distillation']:>10} s" for one in results))
+            print(f"{n:>8}" + "".join(f"{one['student'][n][key]:>12.3f}" for one in results))
+    print(f"{'trained':>8}" + "".join(f"{one['seconds']['distillation']:>10} s" for one in results))
 
 
 if __name__ == "__main__":
