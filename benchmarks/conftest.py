@@ -43,6 +43,7 @@ class Session:
         self.reported = 0
         # What is counted while compiling is not counted when it comes from a cache.
         torch._inductor.config.fx_graph_cache = False
+        self.keeps_pages = self.device == "cpu" and measure.keep_pages()
         if self.device == "cpu":
             torch.set_num_threads(measure.THREADS)
 

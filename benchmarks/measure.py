@@ -7,8 +7,10 @@ ratios are medians of the ratios within a round. Before each timed call of an op
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +66,17 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
         return dict.fromkeys(("median", "q1", "q3"), values[0])
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3}
+
+
+def keep_pages() -> bool:
+    """Have the C library keep what is freed; returns whether it does, which glibc can be told.
+
+    As it is usually set, each array of 32 MiB or more comes in new pages, which the operating system zeroes at their
+    first use. That takes several times as long as what is measured here.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    trim_threshold, most_mappings = -1, -4
+    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(most_mappings, 0))
 
 
 class Clock:

@@ -46,6 +46,7 @@ def write(session: Session, output_json: dict[str, Any]) -> None:
         "device_type": session.device,
         "threads": None if gpu else torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "keeps_pages": session.keeps_pages,
         "load_average": os.getloadavg(),
         "versions": versions(),
         "backends": anyflow_kernels.describe().splitlines(),
