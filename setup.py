@@ -51,7 +51,8 @@ def missing() -> str | None:
 
 
 def leave_word(command: build_py | build_ext, reason: str | None) -> None:
-    """Of why there is no library, where it would be: pip shows nothing of a build that succeeds, describe() does."""
+    """Of why there is no library, or none with CUDA kernels, where it would be: pip shows nothing of a build that
+    succeeds, describe() does."""
     in_place = command.editable_mode or getattr(command, "inplace", False)
     note = Path("" if in_place else command.build_lib, "anyflow_kernels", "_C.txt")
     note.unlink(missing_ok=True)
@@ -74,13 +75,14 @@ class Build(build_ext):
     def run(self) -> None:
         try:
             try:
-                self._build(cuda=True)
+                lacking = self._build(cuda=True)
             except (Exception, SystemExit) as error:
                 if build_mode() == "1" or not self.tried_cuda:
                     raise
                 print(f"anyflow_kernels: the CUDA kernels were not built: {error}", file=sys.stderr)
                 self._build(cuda=False)
-            leave_word(self, None)
+                lacking = "they were not built, pip install -v shows how that went"
+            leave_word(self, lacking)
         except (Exception, SystemExit) as error:
             if build_mode() == "1":
                 raise
@@ -89,17 +91,20 @@ class Build(build_ext):
             leave_word(self, f"the build failed, pip install -v shows how ({reason.splitlines()[0]})")
             self.extensions = self.distribution.ext_modules = []
 
-    def _build(self, cuda: bool) -> None:
+    def _build(self, cuda: bool) -> str | None:
+        """Returns why there are no CUDA kernels, None where there are or where torch has no use for them."""
         import torch
         from torch.utils.cpp_extension import BuildExtension
 
-        self.tried_cuda = cuda and torch.version.cuda is not None
-        self.distribution.ext_modules = [extension(torch, cuda_flags(torch) if self.tried_cuda else [])]
+        flags, lacking = cuda_flags(torch) if cuda and torch.version.cuda is not None else ([], None)
+        self.tried_cuda = bool(flags)
+        self.distribution.ext_modules = [extension(torch, flags)]
         command = BuildExtension(self.distribution)
         for option in ("inplace", "editable_mode", "build_lib", "build_temp", "debug", "parallel", "plat_name"):
             setattr(command, option, getattr(self, option))
         command.ensure_finalized()
         command.run()
+        return lacking
 
 
 def extension(torch: Any, cuda: list[str]) -> Extension:
@@ -143,8 +148,8 @@ def extension(torch: Any, cuda: list[str]) -> Extension:
     return built
 
 
-def cuda_flags(torch: Any) -> list[str]:
-    """Empty, and said, where there is no toolkit that fits torch's CUDA."""
+def cuda_flags(torch: Any) -> tuple[list[str], str | None]:
+    """Flags of nvcc; or none, and why: there is no toolkit that fits torch's CUDA."""
     from torch.utils.cpp_extension import CUDA_HOME, _get_cuda_arch_flags
 
     nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME or "", "bin"))
@@ -158,10 +163,10 @@ def cuda_flags(torch: Any) -> list[str]:
             known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
             listed = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(listed) + "+PTX")
-            return _get_cuda_arch_flags()
+            return _get_cuda_arch_flags(), None
         lacking += f", but nvcc is of CUDA {version}"
     print(f"anyflow_kernels: no CUDA kernels, only those for the CPU: {lacking}", file=sys.stderr)
-    return []
+    return [], lacking
 
 
 def instruction_set(torch: Any) -> str:

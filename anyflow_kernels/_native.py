@@ -28,7 +28,7 @@ def load() -> tuple[ModuleType | None, str]:
     name = f"{__package__}._C"
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None or Path(found.origin).parent != Path(__file__).parent:
-        return None, _why_not_built()  # another copy of the package is not asked for its own
+        return None, _with_word("not built")  # another copy of the package is not asked for its own
     reason = _unfit(Path(found.origin))
     if reason is not None:
         return None, reason
@@ -38,12 +38,12 @@ def load() -> tuple[ModuleType | None, str]:
         return None, f"cannot be loaded ({type(error).__name__}: {error})"
     cuda = ", ".join(extension.cuda_architectures)
     built = f"{extension.compiler}, {extension.instruction_set}, torch {extension.torch}"
-    return extension, f"{built}, {f'CUDA for {cuda}' if cuda else 'no CUDA kernels'}"
+    return extension, f"{built}, {f'CUDA for {cuda}' if cuda else _with_word('no CUDA kernels')}"
 
 
-def _why_not_built() -> str:
+def _with_word(what: str) -> str:
     word = Path(__file__).with_name("_C.txt")  # left by setup.py
-    return f"not built: {word.read_text().strip()}" if word.exists() else "not built"
+    return f"{what}: {word.read_text().strip()}" if word.exists() else what
 
 
 def _unfit(path: Path) -> str | None:
