@@ -12,7 +12,8 @@ cd "$folder" # which is what python -m pytest imports from
 rm -f anyflow_kernels/_C.*
 export ANYFLOW_SANITIZE=1 ANYFLOW_BUILD_EXT=1
 "$python" setup.py -q build_ext --inplace
-export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+# What is allocated is filled: stores past the caches are for pages that are there.
+export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:max_malloc_fill_size=1073741824 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # libstdc++ as well: the sanitizer looks up __cxa_throw before torch would load it.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libstdc++.so.6)"
 tests=()

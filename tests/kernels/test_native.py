@@ -21,6 +21,7 @@ from samples import OPERATORS, Sample, allocated_by_the_loss, outputs_and_gradie
 
 import anyflow_kernels
 from anyflow_kernels import _library, _native
+from benchmarks import measure
 
 ROOT = Path(__file__).parents[2]
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -41,7 +42,8 @@ def test_the_extension_says_how_it_was_built() -> None:
     assert extension.instruction_set in ("AVX512", "AVX2", "DEFAULT")
     last = anyflow_kernels.describe().splitlines()[-1]
     assert last == f"native extension: {_native.about}"
-    assert extension.compiler in last and "no CUDA kernels" in last
+    assert extension.compiler in last
+    assert ("CUDA for" if extension.cuda_architectures else "no CUDA kernels") in last
     for name in _library._operators:
         (line,) = (x for x in anyflow_kernels.describe().splitlines() if x.split()[:2] == [name, "cpu"])
         assert line.split()[2] == "native"
@@ -95,13 +97,15 @@ def _rowwise(sample: Sample) -> list[torch.Tensor]:
 
 @needs_extension
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "flowmap_embedding"])
-@pytest.mark.parametrize("width", [900_000, 900_003, 1 << 20, (1 << 20) + 3])
+@pytest.mark.parametrize("width", [300_000, 300_003])
 def test_results_written_past_the_caches_are_the_same(operator: str, width: int) -> None:
-    """Arrays of the sizes at which stores bypass the caches, at aligned and at unaligned rows: more than 48 MiB of
-    traffic, less than 32 MiB of results, float32 (the smaller sizes) or bfloat16 (the larger, as float32 no more)."""
+    """More than 12 MiB of traffic, into pages that are there: those of the results before. At aligned and at unaligned
+    rows."""
+    measure.keep_pages()
     shape: dict[str, Any] = {"size": (9, width)} | ({} if operator == "gate_blend" else {"times": (9,)})
     large = sample_inputs(operator, "cpu", F32, True, second_dtype=BF16, **shape)
-    found = _rowwise(large)
+    for _ in range(5):  # until every result finds a place among what was freed
+        found = _rowwise(large)
     for i in (0, 8):
         row = large.replaced(**{n: t[i : i + 1] for n, t in large.tensors.items() if t.shape[0] == 9})
         for whole, part in zip(found, _rowwise(row), strict=True):
@@ -320,17 +324,25 @@ def _cuda_sources(source: Path) -> None:
     (source / "csrc" / "cuda" / "one_operator.cpp").write_text("int one_operator() { return 1; }\n")
 
 
-TOOLKITS = {
-    "no toolkit": (None, "torch is built for CUDA 13.0, but there is no toolkit of it (nvcc; CUDA_HOME says where)"),
-    "another toolkit": ("12.8", "torch is built for CUDA 13.0, but nvcc is of CUDA 12.8"),
-    "a broken toolkit": ("13.0", "the CUDA kernels were not built: "),
+NO_TOOLKIT = "torch is built for CUDA 13.0, but there is no toolkit of it (nvcc; CUDA_HOME says where)"
+OTHER_TOOLKIT = "torch is built for CUDA 13.0, but nvcc is of CUDA 12.8"
+TOOLKITS = {  # what the build says, and what it leaves for describe()
+    "no toolkit": (None, NO_TOOLKIT, NO_TOOLKIT),
+    "another toolkit": ("12.8", OTHER_TOOLKIT, OTHER_TOOLKIT),
+    "a broken toolkit": (
+        "13.0",
+        "the CUDA kernels were not built: ",
+        "they were not built, pip install -v shows how that went",
+    ),
 }
 
 
 @needs_extension
 @pytest.mark.skipif(os.name != "posix", reason="nvcc is replaced by a script")
-@pytest.mark.parametrize(("version", "message"), TOOLKITS.values(), ids=TOOLKITS)
-def test_without_a_fitting_toolkit_the_cpu_kernels_are_built(source: Path, version: str | None, message: str) -> None:
+@pytest.mark.parametrize(("version", "message", "word"), TOOLKITS.values(), ids=TOOLKITS)
+def test_without_a_fitting_toolkit_the_cpu_kernels_are_built(
+    source: Path, version: str | None, message: str, word: str
+) -> None:
     _cuda_sources(source)
     nvcc = source / "toolkit" / "bin" / "nvcc"
     if version is not None:
@@ -347,7 +359,8 @@ def test_without_a_fitting_toolkit_the_cpu_kernels_are_built(source: Path, versi
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("anyflow_kernels:")]
     assert len(lines) == 1 and message in lines[0], done.stderr
-    (library,) = (source / "anyflow_kernels").glob("_C.*")
+    assert (source / "anyflow_kernels" / "_C.txt").read_text() == f"{word}\n"
+    (library,) = (source / "anyflow_kernels").glob("_C.*.so")
     assert _native._unfit(library) is None
 
 
