@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import zoo
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -322,6 +323,12 @@ def test_one_rollout_step_warns_once() -> None:
         warnings.simplefilter("error")
         AnyFlowDistiller(student(SD3), config=ONLINE)
         AnyFlowDistiller(student(SD3), config={"target_mode": "linear"})
+
+
+@pytest.mark.parametrize("name", ["CogView4Transformer2DModel", "GlmImageTransformer2DModel"])
+def test_a_class_whose_pipeline_tells_times_from_before_the_shift_warns(name: str) -> None:
+    with pytest.warns(UserWarning, match=f"pipeline of {name} tells its model the times from before the shift"):
+        AnyFlowDistiller(zoo.build(name), config=ONLINE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -100,6 +100,12 @@ class AnyFlowDistiller:
                 "use 4 or more",
                 stacklevel=2,
             )
+        if spec.time_before_shift:
+            warnings.warn(
+                f"the pipeline of {spec.class_name} tells its model the times from before the shift by the resolution; "
+                "here teacher and student are told that of sigma itself, another one unless the shift is 1",
+                stacklevel=2,
+            )
         self.streams = RandomStreams(self.config.seed, dp_rank=dp_rank, dp_size=dp_size, mesh=mesh)
         critic = None if critic_model is None else self._critic_of(critic_model)
         self._roles = Roles(

@@ -88,6 +88,8 @@ def _rules(spec: FamilySpec) -> str:
         rules.append("the stock forward takes times in the model's dtype only; with r, any")
     if spec.checkpointed:
         rules.append("not with gradient checkpointing")
+    if spec.time_before_shift:
+        rules.append("the stock pipeline tells its model the times from before its shift: a distiller warns")
     if spec.learned_sigma:
         rules.append("the second half of the output is a variance")
     rules += [f"refused: {why}" for _, why in spec.refused]

@@ -115,6 +115,8 @@ class FamilySpec:
     ``guidance_off``: the arguments of the family's pipelines that turn classifier-free guidance off.
     ``replace_grid``: the stock pipeline hands its scheduler a grid that wastes steps when they are few, because it
         ends next to 0 or is warped: samplers take a uniform one.
+    ``time_before_shift``: the stock pipeline shifts its sigmas by the resolution and tells its model the times that were
+        before. Here the time is that of sigma, and a distiller warns.
     ``learned_sigma``: with out_channels = 2 in_channels, the second half of the output is a variance.
     ``checkpointed``: the embedders lie inside of the blocks that gradient checkpointing runs again, without times.
     ``left``: (path, why) of neighbouring embedders that stay as they are.
@@ -149,6 +151,7 @@ class FamilySpec:
         }
     )
     replace_grid: bool = False
+    time_before_shift: bool = False
     learned_sigma: bool = False
     checkpointed: bool = False
     left: tuple[tuple[str, str], ...] = ()
