@@ -328,7 +328,7 @@ def test_one_rollout_step_warns_once() -> None:
 @pytest.mark.parametrize("name", ["CogView4Transformer2DModel", "GlmImageTransformer2DModel"])
 def test_a_class_whose_pipeline_tells_times_from_before_the_shift_warns(name: str) -> None:
     with pytest.warns(UserWarning, match=f"pipeline of {name} tells its model the times from before the shift"):
-        AnyFlowDistiller(zoo.build(name), config=ONLINE)
+        AnyFlowDistiller(zoo.build(name), zoo.build(name), config=ONLINE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
