@@ -115,7 +115,7 @@ class FamilySpec:
     ``guidance_off``: the arguments of the family's pipelines that turn classifier-free guidance off.
     ``replace_grid``: the stock pipeline hands its scheduler a grid that wastes steps when they are few, because it
         ends next to 0 or is warped: samplers take a uniform one.
-    ``time_before_shift``: the stock pipeline shifts its sigmas by the resolution and tells its model the times that were
+    ``time_before_shift``: the stock pipeline shifts its sigmas by the resolution and tells its model the times from
         before. Here the time is that of sigma, and a distiller warns.
     ``learned_sigma``: with out_channels = 2 in_channels, the second half of the output is a variance.
     ``checkpointed``: the embedders lie inside of the blocks that gradient checkpointing runs again, without times.
