@@ -121,7 +121,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(name for result in document["results"] for name in result["variants"]))
     colours = {**COLOURS, **OTHER_COLOURS}
     figure, (bars, roof) = pyplot.subplots(
-        1, 2, figsize=(15, 1.5 + 0.5 * len(results)), width_ratios=(3, 2), layout="constrained"
+        1, 2, figsize=(18, 6 + 0.25 * len(results)), width_ratios=(1, 1), layout="constrained"
     )
     drawn = [name for name in names if name != "eager"]
     height, labelled = 0.8 / len(drawn), set()
@@ -137,7 +137,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
                       color=colours.get(name), label=label, error_kw={"lw": 0.8})  # fmt: skip
     bars.axvline(1.0, color="black", lw=0.8)
     bars.set_yticks(range(len(results)), [f"{r.get('operator', 'step')}, {r['model']}" for r in results])
-    bars.invert_yaxis()
+    bars.set_ylim(len(results) - 0.4, -0.6)
     bars.set_xscale("log")
     bars.set_xlabel("times as fast as eager PyTorch, forward and backward (whole step below)")
     bars.legend(fontsize=8)
@@ -155,7 +155,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
     roof.plot(intensities, [min(copy * x, peak) for x in intensities], color="black", lw=1)
     roof.set(xscale="log", yscale="log", ylabel="GFLOP/s (operations modelled)")
     roof.set_xlabel("operations a byte of the floor (modelled)")
-    roof.set_title(f"roofs measured: copy {copy:.0f} GB/s, matrix product {peak:.0f} GFLOP/s", fontsize=9)
+    roof.set_title(f"roofs measured: copy {copy:.0f} GB/s,\nmatrix product {peak:.0f} GFLOP/s", fontsize=9)
+    roof.set_box_aspect(1)
+    roof.set_anchor("N")
     roof.legend(fontsize=8)
     figure.suptitle(f"{document['device']}, {document['versions']['torch']}, commit {str(document['commit'])[:8]}")
     figure.savefig(path, dpi=110)
