@@ -51,8 +51,7 @@ def missing() -> str | None:
 
 
 def leave_word(command: build_py | build_ext, reason: str | None) -> None:
-    """Of why there is no library, or none with CUDA kernels, where it would be: pip shows nothing of a build that
-    succeeds, describe() does."""
+    """Of what was not built and why, where it would be: pip shows nothing of a build that succeeds, describe() does."""
     in_place = command.editable_mode or getattr(command, "inplace", False)
     note = Path("" if in_place else command.build_lib, "anyflow_kernels", "_C.txt")
     note.unlink(missing_ok=True)
@@ -64,7 +63,7 @@ def leave_word(command: build_py | build_ext, reason: str | None) -> None:
 class Python(build_py):
     def run(self) -> None:
         super().run()
-        leave_word(self, NOT_REQUESTED)
+        leave_word(self, NOT_REQUESTED and f"not built: {NOT_REQUESTED}")
 
 
 class Build(build_ext):
@@ -81,14 +80,14 @@ class Build(build_ext):
                     raise
                 print(f"anyflow_kernels: the CUDA kernels were not built: {error}", file=sys.stderr)
                 self._build(cuda=False)
-                lacking = "they were not built, pip install -v shows how that went"
-            leave_word(self, lacking)
+                lacking = "their build failed, pip install -v shows how"
+            leave_word(self, lacking and f"no CUDA kernels: {lacking}")
         except (Exception, SystemExit) as error:
             if build_mode() == "1":
                 raise
             reason = f"{type(error).__name__}: {error}"
             print(f"anyflow_kernels: the C++ kernels were not built: {reason}", file=sys.stderr)
-            leave_word(self, f"the build failed, pip install -v shows how ({reason.splitlines()[0]})")
+            leave_word(self, f"not built: the build failed, pip install -v shows how ({reason.splitlines()[0]})")
             self.extensions = self.distribution.ext_modules = []
 
     def _build(self, cuda: bool) -> str | None:
@@ -96,12 +95,14 @@ class Build(build_ext):
         import torch
         from torch.utils.cpp_extension import BuildExtension
 
-        flags, lacking = cuda_flags(torch) if cuda and torch.version.cuda is not None else ([], None)
+        self.tried_cuda = cuda and torch.version.cuda is not None
+        flags, lacking = cuda_flags(torch) if self.tried_cuda else ([], None)
         self.tried_cuda = bool(flags)
         self.distribution.ext_modules = [extension(torch, flags)]
         command = BuildExtension(self.distribution)
         for option in ("inplace", "editable_mode", "build_lib", "build_temp", "debug", "parallel", "plat_name"):
             setattr(command, option, getattr(self, option))
+        command.force = True  # flags are no files: without ninja, a library from before would be left
         command.ensure_finalized()
         command.run()
         return lacking
@@ -150,6 +151,8 @@ def extension(torch: Any, cuda: list[str]) -> Extension:
 
 def cuda_flags(torch: Any) -> tuple[list[str], str | None]:
     """Flags of nvcc; or none, and why: there is no toolkit that fits torch's CUDA."""
+    if os.name == "nt":
+        return [], "they are built on Linux only"
     from torch.utils.cpp_extension import CUDA_HOME, _get_cuda_arch_flags
 
     nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME or "", "bin"))

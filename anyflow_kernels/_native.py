@@ -42,8 +42,10 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def _with_word(what: str) -> str:
-    word = Path(__file__).with_name("_C.txt")  # left by setup.py
-    return f"{what}: {word.read_text().strip()}" if word.exists() else what
+    """``what``, with the reason where that is what setup.py has left word of."""
+    path = Path(__file__).with_name("_C.txt")
+    word = path.read_text().strip() if path.exists() else ""
+    return word if word.startswith(what) else what
 
 
 def _unfit(path: Path) -> str | None:

@@ -1,6 +1,7 @@
-"""``python -m benchmarks [--full] [--device cuda] [--rounds N] [--out FOLDER] [-k EXPRESSION]``: runs the suite.
+"""``python -m benchmarks [--full] [--device cuda] [--rounds N] [--new-pages] [--out FOLDER] [-k EXPRESSION]``
 
-Writes results.json, summary.md and bench.png to the folder (runs/bench). Other arguments are pytest's.
+Runs the suite, and writes results.json, summary.md and bench.png to the folder (runs/bench). Other arguments are
+pytest's.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", dest="level", action="store_const", const="full", help="every size")
     group.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU where there is one")
     group.addoption("--rounds", type=int, default=None, help="timed rounds of each benchmark")
+    group.addoption("--new-pages", action="store_true", help="on a CPU: large arrays in new pages, as glibc has it")
     group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
 
 
@@ -43,7 +44,7 @@ class Session:
         self.reported = 0
         # What is counted while compiling is not counted when it comes from a cache.
         torch._inductor.config.fx_graph_cache = False
-        self.keeps_pages = self.device == "cpu" and measure.keep_pages()
+        self.keeps_pages = self.device == "cpu" and not config.getoption("--new-pages") and measure.keep_pages()
         if self.device == "cpu":
             torch.set_num_threads(measure.THREADS)
 

@@ -68,15 +68,15 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3}
 
 
-def keep_pages() -> bool:
-    """Have the C library keep what is freed; returns whether it does, which glibc can be told.
+def keep_pages(keep: bool = True) -> bool:
+    """Have the C library keep what is freed, or not any more; returns whether it obeys. glibc does.
 
-    As it is usually set, each array of 32 MiB or more comes in new pages, which the operating system zeroes at their
-    first use. That takes several times as long as what is measured here.
+    As it is usually set, nearly every array of 32 MiB or more comes in new pages, which the operating system zeroes at
+    their first use. That takes several times as long as what is measured here.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    trim_threshold, most_mappings = -1, -4
-    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(most_mappings, 0))
+    trim_threshold, most_mappings = (-1, -1 if keep else 128 << 10), (-4, 0 if keep else 65536)
+    return mallopt is not None and bool(mallopt(*trim_threshold) and mallopt(*most_mappings))
 
 
 class Clock:

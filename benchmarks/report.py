@@ -70,6 +70,7 @@ def summary(document: dict[str, Any]) -> str:
         f"{document['device']} ({document['device_type']}), commit {document['commit']}"
         f"{' with changes' if document['dirty'] else ''}, load {document['load_average'][0]:.1f}. Copy bandwidth "
         f"{document['copy_gb_per_s']:.1f} GB/s. x: how many times as fast, median of interleaved rounds [quartiles].",
+        *(["Freed memory was kept: no array lies in new pages."] if document["keeps_pages"] else []),
         *(["Other work was running on this machine: these times show that the suite works, no more."] if busy else []),
         "Measured: " + document["measured"] + ". Modelled: " + document["modelled"] + ".",
         "",

@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -286,25 +287,28 @@ void for_chunks(int64_t size, F&& f) {
   });
 }
 
-// Whether the operating system has yet to make the pages of an array. It zeroes each at the first store into it, and so
-// brings it into the caches. glibc takes new pages for every array of 32 MiB or more, as it is usually set.
+// Whether the operating system has yet to make the pages of an array, or may have to. It zeroes each at the first store
+// into it, and so brings it into the caches. glibc, as it is usually set, takes new pages for nearly every array of
+// 32 MiB or more.
 inline bool pages_are_new([[maybe_unused]] const Tensor& array) {
 #if defined(__linux__)
   static const std::uintptr_t page = sysconf(_SC_PAGESIZE);
   const auto middle = reinterpret_cast<std::uintptr_t>(array.const_data_ptr()) + array.nbytes() / 2; // no header there
-  unsigned char in_memory = 1;
-  return mincore(reinterpret_cast<void*>(middle / page * page), 1, &in_memory) == 0 && !(in_memory & 1);
+  unsigned char in_memory = 0;
+  return mincore(reinterpret_cast<void*>(middle / page * page), 1, &in_memory) != 0 || !(in_memory & 1);
 #else
-  return false;
+  return true;
 #endif
 }
 
-// Whether stores go past the caches, where so many bytes are read and written and this is a result: where the caches
-// will hold little of it when it is next read, and the pages are not on their way into them anyhow. Between two calls a
-// network runs, and after it such stores cost nothing at 5 MiB and gain a tenth to a fifth from 20 MiB on; called in a
-// row, with all in the third-level cache, they gain from 30 MiB on.
-inline bool past_caches(int64_t moved, const Tensor& result) {
-  return moved > int64_t(12) << 20 && !pages_are_new(result);
+// Whether a kernel's stores go past the caches, by its widest result and whatever else it reads and writes (undefined:
+// absent): where the caches will hold little of it when it is next read, and the pages are not on their way into them
+// anyhow. Between two calls a network runs, and after it such stores cost nothing at 5 MiB and gain a tenth to a fifth
+// from 20 MiB on; called in a row, with all in the third-level cache, they gain from 30 MiB on.
+template <class... Others>
+bool past_caches(const Tensor& result, const Others&... others) {
+  const auto bytes = [](const Tensor& array) { return array.defined() ? array.nbytes() : 0; };
+  return bytes(result) + (bytes(others) + ...) > std::size_t(12) << 20 && !pages_are_new(result);
 }
 
 } // namespace anyflow

@@ -95,13 +95,20 @@ def _rowwise(sample: Sample) -> list[torch.Tensor]:
     return [*outputs, *(gradient for name, gradient in gradients.items() if name != "gate")]
 
 
+@pytest.fixture
+def kept_pages() -> Iterator[None]:
+    measure.keep_pages()
+    yield
+    measure.keep_pages(False)
+
+
 @needs_extension
+@pytest.mark.usefixtures("kept_pages")
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "flowmap_embedding"])
 @pytest.mark.parametrize("width", [300_000, 300_003])
 def test_results_written_past_the_caches_are_the_same(operator: str, width: int) -> None:
     """More than 12 MiB of traffic, into pages that are there: those of the results before. At aligned and at unaligned
     rows."""
-    measure.keep_pages()
     shape: dict[str, Any] = {"size": (9, width)} | ({} if operator == "gate_blend" else {"times": (9,)})
     large = sample_inputs(operator, "cpu", F32, True, second_dtype=BF16, **shape)
     for _ in range(5):  # until every result finds a place among what was freed
@@ -324,16 +331,14 @@ def _cuda_sources(source: Path) -> None:
     (source / "csrc" / "cuda" / "one_operator.cpp").write_text("int one_operator() { return 1; }\n")
 
 
+FAILED = ("the CUDA kernels were not built: ", "their build failed, pip install -v shows how")
 NO_TOOLKIT = "torch is built for CUDA 13.0, but there is no toolkit of it (nvcc; CUDA_HOME says where)"
 OTHER_TOOLKIT = "torch is built for CUDA 13.0, but nvcc is of CUDA 12.8"
 TOOLKITS = {  # what the build says, and what it leaves for describe()
     "no toolkit": (None, NO_TOOLKIT, NO_TOOLKIT),
     "another toolkit": ("12.8", OTHER_TOOLKIT, OTHER_TOOLKIT),
-    "a broken toolkit": (
-        "13.0",
-        "the CUDA kernels were not built: ",
-        "they were not built, pip install -v shows how that went",
-    ),
+    "a broken toolkit": ("13.0", *FAILED),
+    "a broken nvcc": ("", *FAILED),
 }
 
 
@@ -347,19 +352,18 @@ def test_without_a_fitting_toolkit_the_cpu_kernels_are_built(
     nvcc = source / "toolkit" / "bin" / "nvcc"
     if version is not None:
         nvcc.parent.mkdir(parents=True)
-        nvcc.write_text(
-            "#!/bin/sh\n"
+        answers = (
             f"test $1 = --version && echo 'Cuda compilation tools, release {version}, V{version}.88' && exit\n"
             "test $1 = --list-gpu-arch && echo compute_80 && exit\n"
-            "exit 1\n"
         )
+        nvcc.write_text(f"#!/bin/sh\n{answers if version else ''}exit 1\n")
         nvcc.chmod(0o755)
     home = None if version is None else str(source / "toolkit")
     done = _setup(source, "build_ext", "--inplace", prelude=CUDA_TORCH.format(home=home), ANYFLOW_BUILD_EXT="auto")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("anyflow_kernels:")]
     assert len(lines) == 1 and message in lines[0], done.stderr
-    assert (source / "anyflow_kernels" / "_C.txt").read_text() == f"{word}\n"
+    assert (source / "anyflow_kernels" / "_C.txt").read_text() == f"no CUDA kernels: {word}\n"
     (library,) = (source / "anyflow_kernels").glob("_C.*.so")
     assert _native._unfit(library) is None
 
