@@ -97,7 +97,6 @@ class Build(build_ext):
 
         self.tried_cuda = cuda and torch.version.cuda is not None
         flags, lacking = cuda_flags(torch) if self.tried_cuda else ([], None)
-        self.tried_cuda = bool(flags)
         self.distribution.ext_modules = [extension(torch, flags)]
         command = BuildExtension(self.distribution)
         for option in ("inplace", "editable_mode", "build_lib", "build_temp", "debug", "parallel", "plat_name"):

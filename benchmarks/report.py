@@ -121,9 +121,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         return
     names = list(dict.fromkeys(name for result in document["results"] for name in result["variants"]))
     colours = {**COLOURS, **OTHER_COLOURS}
-    figure, (bars, roof) = pyplot.subplots(
-        1, 2, figsize=(18, 6 + 0.25 * len(results)), width_ratios=(1, 1), layout="constrained"
-    )
+    figure, (bars, roof) = pyplot.subplots(1, 2, figsize=(18, 6 + 0.25 * len(results)), layout="constrained")
     drawn = [name for name in names if name != "eager"]
     height, labelled = 0.8 / len(drawn), set()
     for row, result in enumerate(results):

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <type_traits>
@@ -301,14 +302,22 @@ inline bool pages_are_new([[maybe_unused]] const Tensor& array) {
 #endif
 }
 
-// Whether a kernel's stores go past the caches, by its widest result and whatever else it reads and writes (undefined:
-// absent): where the caches will hold little of it when it is next read, and the pages are not on their way into them
-// anyhow. Between two calls a network runs, and after it such stores cost nothing at 5 MiB and gain a tenth to a fifth
-// from 20 MiB on; called in a row, with all in the third-level cache, they gain from 30 MiB on.
-template <class... Others>
-bool past_caches(const Tensor& result, const Others&... others) {
-  const auto bytes = [](const Tensor& array) { return array.defined() ? array.nbytes() : 0; };
-  return bytes(result) + (bytes(others) + ...) > std::size_t(12) << 20 && !pages_are_new(result);
+using Arrays = std::initializer_list<std::reference_wrapper<const Tensor>>;
+
+// Whether a kernel's stores go past the caches, by what it writes and reads (undefined: absent): where the caches will
+// hold little of it when it is next read, and the pages are not on their way into them anyhow. Between two calls a
+// network runs, and after it such stores cost nothing at 5 MiB and gain a tenth to a fifth from 20 MiB on; called in a
+// row, with all in the third-level cache, they gain from 30 MiB on.
+inline bool past_caches(Arrays results, Arrays inputs) {
+  std::size_t moved = 0;
+  for (const Arrays arrays : {results, inputs}) {
+    for (const Tensor& array : arrays) {
+      moved += array.defined() ? array.nbytes() : 0;
+    }
+  }
+  return moved > std::size_t(12) << 20 && std::none_of(results.begin(), results.end(), [](const Tensor& result) {
+           return result.defined() && pages_are_new(result);
+         });
 }
 
 } // namespace anyflow

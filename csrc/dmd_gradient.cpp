@@ -63,7 +63,7 @@ struct Forward {
       loss.data_ptr<Acc>()[sample] = usable ? size / 2 : Acc(0);
     }
 
-    const bool stream = past_caches(gradient, real, fake, uncond);
+    const bool stream = past_caches({gradient}, {real, fake, uncond});
     samples.for_chunks([&](int64_t sample, int64_t, int64_t begin, int64_t end) {
       const bool usable = normalisers[sample] > 0;
       const Lanes<Acc> normaliser(normalisers[sample]);
@@ -84,7 +84,7 @@ void backward(Tensor& grad_x, const Tensor& grad_loss, const Tensor& gradient) {
   const Acc* const from = gradient.const_data_ptr<Acc>();
   X* const out = grad_x.data_ptr<X>();
   const Samples samples(gradient.sizes());
-  const bool stream = past_caches(grad_x, gradient);
+  const bool stream = past_caches({grad_x}, {gradient});
   samples.for_chunks([&](int64_t sample, int64_t, int64_t begin, int64_t end) {
     const Lanes<Acc> factor(upstream[sample] / static_cast<Acc>(samples.size));
     const Output<X> to(out + begin, stream);

@@ -40,7 +40,7 @@ struct Forward {
     };
     const Samples samples(prediction.sizes());
     std::vector<Acc> sums(samples.count * samples.chunks), weighted(samples.count * samples.chunks);
-    const bool stream = residual_out && past_caches(residual, prediction, target, uncond, u_plus, u_minus);
+    const bool stream = residual_out && past_caches({residual}, {prediction, target, uncond, u_plus, u_minus});
     samples.for_chunks([&](int64_t, int64_t chunk, int64_t begin, int64_t end) {
       Lanes<Acc> total(Acc(0)), total_weighted(Acc(0));
       times.for_rows(data, begin, end, prepare, [&](int64_t at, int64_t size, auto at_times) {
@@ -90,7 +90,7 @@ struct Backward {
     P* const out = grad_prediction.data_ptr<P>();
     const Samples samples(residual.sizes());
     const Acc factor = static_cast<Acc>(2.0 * double(sign) / guidance / double(std::max<int64_t>(1, samples.size)));
-    const bool stream = past_caches(grad_prediction, residual);
+    const bool stream = past_caches({grad_prediction}, {residual});
     samples.for_chunks([&](int64_t sample, int64_t, int64_t begin, int64_t end) {
       const Lanes<Acc> of_weight(of_loss ? factor * of_loss[sample] : Acc(0));
       const Lanes<Acc> rest(of_unweighted ? factor * of_unweighted[sample] : Acc(0));

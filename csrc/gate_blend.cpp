@@ -16,7 +16,7 @@ void forward(Tensor& y, const Tensor& base, const Tensor& delta, double gate) {
   const U* const d = delta.const_data_ptr<U>();
   T* const out = y.data_ptr<T>();
   const Lanes<Acc> g(static_cast<Acc>(gate));
-  const bool stream = past_caches(y, base, delta);
+  const bool stream = past_caches({y}, {base, delta});
   for_chunks(y.numel(), [&](int64_t begin, int64_t end) {
     const Output<T> to(out + begin, stream);
     for_lanes<Acc>(end - begin, [&](int64_t i, auto count) {
@@ -39,8 +39,7 @@ double backward(
   U* const dd = grad_delta.data_ptr<U>();
   const Acc gate_value = static_cast<Acc>(gate);
   const Lanes<Acc> g(gate_value), rest(Acc(1) - gate_value);
-  const bool wider = sizeof(U) > sizeof(T);
-  const bool stream = past_caches(wider ? grad_delta : grad_base, wider ? grad_base : grad_delta, grad, base, delta);
+  const bool stream = past_caches({grad_base, grad_delta}, {grad, base, delta});
   std::vector<Acc> partials(e ? chunks_of(grad.numel()) : 0);
   for_chunks(grad.numel(), [&](int64_t begin, int64_t end) {
     const Output<T> to_base(de + begin, stream);

@@ -44,7 +44,7 @@ struct Forward {
     const std::array<M*, 3> out{
         data_or_null<M>(inputs[0]), data_or_null<M>(inputs[1]), data_or_null<M>(inputs[2])};
     const int wanted = out[1] ? 3 : 1;
-    const bool stream = past_caches(velocity, x0, noise, inputs[0], inputs[1], inputs[2]);
+    const bool stream = past_caches({velocity, inputs[0], inputs[1], inputs[2]}, {x0, noise});
     for_chunks(x0.numel(), [&](int64_t begin, int64_t end) {
       sigmas.for_rows(data, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const Output<Acc> to_velocity(velocity_out + at, stream);
@@ -79,7 +79,7 @@ struct Backward {
     const Acc* const gv = const_data_or_null<Acc>(grad_velocity);
     const std::array<const M*, 3> g{
         const_data_or_null<M>(grads[0]), const_data_or_null<M>(grads[1]), const_data_or_null<M>(grads[2])};
-    const bool stream = past_caches(grad_x0, grad_noise, grads[0], grads[1], grads[2], grad_velocity);
+    const bool stream = past_caches({grad_x0, grad_noise}, {grads[0], grads[1], grads[2], grad_velocity});
     for_chunks(grad_x0.numel(), [&](int64_t begin, int64_t end) {
       sigmas.for_rows(data, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const Output<T> to_x0(dx0_out + at, stream), to_noise(dnoise_out + at, stream);

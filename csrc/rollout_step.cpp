@@ -31,7 +31,7 @@ struct Forward {
     const V* const v_in = velocity.const_data_ptr<V>();
     const V* const u_in = const_data_or_null<V>(uncond);
     const Lanes<Acc> scale(static_cast<Acc>(guidance)), direction(static_cast<Acc>(sign));
-    const bool stream = past_caches(new_average, new_x, model_input, x, average, velocity, uncond);
+    const bool stream = past_caches({new_x, new_average, model_input}, {x, average, velocity, uncond});
     for_chunks(new_average.numel(), [&](int64_t begin, int64_t end) {
       times.for_rows(time, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const auto to_x = output_at(x_out, at, stream);
@@ -75,7 +75,7 @@ struct Backward {
     const V* const gi = const_data_or_null<V>(grad_input);
     const Lanes<Acc> direction(static_cast<Acc>(sign));
     const Lanes<Acc> scale(static_cast<Acc>(du_out ? guidance : 1.0)), rest(static_cast<Acc>(1.0 - guidance));
-    const bool stream = past_caches(grad_x_out, grad_velocity, grad_uncond, grad_x, grad_average, grad_input);
+    const bool stream = past_caches({grad_x_out, grad_velocity, grad_uncond}, {grad_x, grad_average, grad_input});
     for_chunks(grad_velocity.numel(), [&](int64_t begin, int64_t end) {
       times.for_rows(time, begin, end, coefficients<Acc>, [&](int64_t at, int64_t size, auto at_times) {
         const auto to_x = output_at(dx_out, at, stream);

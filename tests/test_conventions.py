@@ -21,7 +21,6 @@ from torch import Tensor
 
 import anyflow
 from anyflow.families import FamilySpec, find_spec
-from anyflow.families.table import SPECS
 from anyflow.patching.unwrap import denoisers
 
 pytestmark = pytest.mark.usefixtures("quiet_dependencies")
@@ -130,9 +129,5 @@ def test_pipelines_that_tell_their_model_the_times_from_before_the_shift(name: s
     tiny_pipelines_image.sample(pipe, name, steps=3, guidance=False)
     u, sigma = (x.flatten()[1:3].double() for x in (spec.sigma(torch.stack(told)), pipe.scheduler.sigmas))  # not at 1
     shift = sigma * (1 - u) / (u * (1 - sigma))
-    assert spec.time_before_shift and (shift / shift[0] - 1).abs().max() < 1e-3  # float32 of 1 / 1000
+    assert spec.time_before_shift and (shift / shift[0] - 1).abs().max() < 1e-5  # float32 roundings, over 1 - u
     assert abs(shift[0].item() - 1) > 0.1
-    assert [spec.class_name for spec in SPECS if spec.time_before_shift] == [
-        "CogView4Transformer2DModel",
-        "GlmImageTransformer2DModel",
-    ]

@@ -119,6 +119,15 @@ def test_results_written_past_the_caches_are_the_same(operator: str, width: int)
             assert torch.equal(whole[i : i + 1], part)
 
 
+def test_word_of_a_build_stands_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a library from before, the word of a later build that made none is not why it has no CUDA kernels."""
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    assert _native._with_word("not built") == "not built"
+    (tmp_path / "_C.txt").write_text("not built: no C++ compiler (c++)\n")
+    assert _native._with_word("not built") == "not built: no C++ compiler (c++)"
+    assert _native._with_word("no CUDA kernels") == "no CUDA kernels"
+
+
 def _copy_of_the_package(folder: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "_C.txt")
     shutil.copytree(ROOT / "anyflow_kernels", folder / "anyflow_kernels", ignore=ignored)
